@@ -1,0 +1,258 @@
+"""What ``app.config`` says, checked: every mistake is reported at once.
+
+Owns: the ``COMMONDB_*`` keys, their defaults and types, and the check of the upstream keys that
+Flask-CommonDB depends on. :func:`load` turns a mapping into one frozen :class:`Config`.
+
+Must not: change the mapping's nested values, connect anywhere, or show a password.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing as t
+
+import sqlalchemy as sa
+
+from .errors import ConfigError
+
+#: ``COMMONDB_ROUTING``: by the request's method, or only inside explicit scopes.
+ROUTINGS = ("auto", "explicit")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplicaConfig:
+    """One replica of a bind.
+
+    :param url: where it is.
+    :param weight: its share of the reads, relative to the other replicas of the bind.
+    :param options: engine options of its own; they go before the bind's.
+    """
+
+    url: sa.URL
+    weight: float = 1
+    options: t.Mapping[str, t.Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The settings of one app."""
+
+    replicas: t.Mapping[str | None, tuple[ReplicaConfig, ...]]
+    routing: str
+    read_functions: frozenset[str]
+
+
+def load(config: t.MutableMapping[str, t.Any], engine_options: t.Mapping[str, t.Any]) -> Config:
+    """Check ``app.config`` and freeze it. Defaults are written back, as Flask's extensions do.
+
+    :param config: ``app.config``.
+    :param engine_options: the constructor's; they may hold the default bind's URL.
+    :raises ConfigError: naming every mistake.
+    """
+    mistakes: list[str] = []
+    _unknown_keys(config, mistakes)
+    binds = _binds(config, engine_options, mistakes)
+    routing = config.setdefault("COMMONDB_ROUTING", "auto")
+    if routing not in ROUTINGS:
+        mistakes.append(
+            f"COMMONDB_ROUTING: {routing!r} is not a routing"
+            f"{_nearest(routing, ROUTINGS)}; known are {', '.join(map(repr, ROUTINGS))}."
+        )
+    functions = config.setdefault("COMMONDB_READ_FUNCTIONS", ())
+    if isinstance(functions, str) or not _all_strings(functions):
+        mistakes.append(
+            "COMMONDB_READ_FUNCTIONS: must be a list of function names,"
+            f" not {type(functions).__name__}."
+        )
+        functions = ()
+    replicas = _replicas(config, binds, mistakes)
+    if mistakes:
+        raise ConfigError(mistakes)
+    return Config(replicas, routing, frozenset(name.lower() for name in functions))
+
+
+def server_name(url: sa.URL) -> str:
+    """What a server is called in logs, signals and pages: no user, no password, no query."""
+    if url.host:
+        return f"{url.host}:{url.port}" if url.port else url.host
+    return (url.database or ":memory:").rpartition("/")[2]
+
+
+_KNOWN = ("COMMONDB_REPLICAS", "COMMONDB_ROUTING", "COMMONDB_READ_FUNCTIONS")
+
+#: Beside ``url`` in the dict of a bind or of a replica, all else is for ``create_engine()``.
+_REPLICA_KEYS = ("url", "weight")
+
+_Binds = dict["str | None", t.Any]
+
+
+def _unknown_keys(config: t.Mapping[str, t.Any], mistakes: list[str]) -> None:
+    for key in sorted(key for key in config if str(key).startswith("COMMONDB_")):
+        if key not in _KNOWN:
+            near = _nearest(key, _KNOWN) or f"; known are {', '.join(_KNOWN)}"
+            mistakes.append(f"{key}: there is no such setting{near}.")
+
+
+def _binds(
+    config: t.MutableMapping[str, t.Any],
+    engine_options: t.Mapping[str, t.Any],
+    mistakes: list[str],
+) -> _Binds:
+    """The replicas named beside each bind's URL, by bind key; mistakes in URLs are noted."""
+    found: _Binds = {}
+    options = config.get("SQLALCHEMY_ENGINE_OPTIONS") or {}
+    if not isinstance(options, t.Mapping):
+        mistakes.append(_wrong_type("SQLALCHEMY_ENGINE_OPTIONS", options, "a dict"))
+        options = {}
+    default = config.get("SQLALCHEMY_DATABASE_URI")
+    key = "SQLALCHEMY_DATABASE_URI"
+    if default is None:
+        merged = {**engine_options, **options}
+        default, key = merged.get("url"), "SQLALCHEMY_ENGINE_OPTIONS['url']"
+    if default is not None:
+        _url(key, default, mistakes)
+        found[None] = options.get("replicas", engine_options.get("replicas"))
+
+    binds = config.get("SQLALCHEMY_BINDS") or {}
+    if not isinstance(binds, t.Mapping):
+        mistakes.append(_wrong_type("SQLALCHEMY_BINDS", binds, "a dict of bind keys"))
+        binds = {}
+    for bind_key, value in binds.items():
+        key = f"SQLALCHEMY_BINDS[{bind_key!r}]"
+        replicas = None
+        if isinstance(value, t.Mapping):
+            replicas = value.get("replicas")
+            url = value.get("url", engine_options.get("url"))
+            if url is None and not (bind_key is None and None in found):
+                mistakes.append(f"{key}: has no 'url', so there is no database to bind.")
+                found[bind_key] = None
+                continue
+            value = url
+        if value is not None:
+            _url(key, value, mistakes)
+        found[bind_key] = replicas if replicas is not None else found.get(bind_key)
+
+    if not found and not mistakes:
+        mistakes.append("Either 'SQLALCHEMY_DATABASE_URI' or 'SQLALCHEMY_BINDS' must be set.")
+    return found
+
+
+def _replicas(
+    config: t.MutableMapping[str, t.Any], binds: _Binds, mistakes: list[str]
+) -> dict[str | None, tuple[ReplicaConfig, ...]]:
+    given: list[tuple[str, str | None, t.Any]] = [
+        (_beside(bind_key), bind_key, value)
+        for bind_key, value in binds.items()
+        if value is not None
+    ]
+    setting = config.setdefault("COMMONDB_REPLICAS", None)
+    if isinstance(setting, t.Mapping) and not setting.keys() & {*_REPLICA_KEYS}:
+        given += [(f"COMMONDB_REPLICAS[{key!r}]", key, value) for key, value in setting.items()]
+    elif setting:
+        given.append(("COMMONDB_REPLICAS", None, setting))
+
+    found: dict[str | None, tuple[ReplicaConfig, ...]] = {}
+    for key, bind_key, value in given:
+        if bind_key not in binds:
+            near = _nearest(bind_key, [known for known in binds if known is not None])
+            what = "no default bind" if bind_key is None else f"no bind {bind_key!r}"
+            known = ", ".join(map(repr, binds)) or "none"
+            mistakes.append(f"{key}: there is {what} for these replicas{near}; known are {known}.")
+        elif bind_key in found:
+            mistakes.append(f"{key}: the replicas of bind {bind_key!r} are given twice.")
+        else:
+            found[bind_key] = tuple(_bind_replicas(key, value, mistakes))
+    return {bind_key: replicas for bind_key, replicas in found.items() if replicas}
+
+
+def _bind_replicas(key: str, value: t.Any, mistakes: list[str]) -> t.Iterator[ReplicaConfig]:
+    if isinstance(value, (str, sa.URL, t.Mapping)):
+        value = [value]
+    if not isinstance(value, t.Sequence):
+        mistakes.append(_wrong_type(key, value, "a list of replicas"))
+        return
+    for index, entry in enumerate(value):
+        replica = _replica(f"{key}[{index}]", entry, mistakes)
+        if replica is not None:
+            yield replica
+
+
+def _replica(key: str, entry: t.Any, mistakes: list[str]) -> ReplicaConfig | None:
+    options: dict[str, t.Any] = {}
+    weight: t.Any = 1
+    if isinstance(entry, t.Mapping):
+        options = {name: value for name, value in entry.items() if name not in _REPLICA_KEYS}
+        weight = entry.get("weight", 1)
+        if "url" not in entry:
+            near = "".join(_nearest(name, ["url"]) for name in options)
+            mistakes.append(f"{key}: a replica needs a 'url'{near}.")
+            return None
+        entry = entry["url"]
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
+        mistakes.append(f"{key}: 'weight' must be a number above 0, not {weight!r}.")
+        return None
+    url = _url(key, entry, mistakes)
+    if url is None:
+        return None
+    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+        mistakes.append(
+            f"{key}: an in-memory SQLite database is no replica, it is another, empty database."
+            " Name the primary's file."
+        )
+        return None
+    return ReplicaConfig(url, weight, options)
+
+
+def _url(key: str, value: t.Any, mistakes: list[str]) -> sa.URL | None:
+    """Parse a URL and load its dialect; note what is wrong with it."""
+    if not isinstance(value, (str, sa.URL)):
+        mistakes.append(_wrong_type(key, value, "a database URL"))
+        return None
+    try:
+        url = sa.make_url(value)
+    except (sa.exc.ArgumentError, ValueError):
+        # The text may hold a password anywhere, so only its scheme is shown.
+        scheme, found, _ = str(value).partition("://")
+        shown = f"{scheme}://…" if found else "the value"
+        mistakes.append(
+            f"{key}: {shown} is not a database URL;"
+            " it must look like 'dialect+driver://user:password@host:port/database'."
+        )
+        return None
+    try:
+        url.get_dialect()
+    except sa.exc.NoSuchModuleError:
+        near = _nearest(url.drivername, _DRIVERS)
+        mistakes.append(f"{key}: SQLAlchemy has no dialect {url.drivername!r}{near}.")
+        return None
+    return url
+
+
+_DRIVERS = (
+    "mysql+pymysql",
+    "mysql+mysqldb",
+    "mariadb+pymysql",
+    "postgresql+psycopg",
+    "postgresql+psycopg2",
+    "sqlite",
+)
+
+
+def _beside(bind_key: str | None) -> str:
+    if bind_key is None:
+        return "SQLALCHEMY_ENGINE_OPTIONS['replicas']"
+    return f"SQLALCHEMY_BINDS[{bind_key!r}]['replicas']"
+
+
+def _all_strings(value: t.Any) -> bool:
+    return isinstance(value, t.Collection) and all(isinstance(name, str) for name in value)
+
+
+def _wrong_type(key: str, value: t.Any, wanted: str) -> str:
+    return f"{key}: must be {wanted}, not {type(value).__name__}."
+
+
+def _nearest(name: t.Any, known: t.Iterable[str]) -> str:
+    matches = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""

@@ -1,0 +1,31 @@
+"""All that differs by server: one small class for each family, chosen by :func:`dialect_for`.
+
+Owns: SQL that only one server understands, and what is known of its drivers' connections.
+
+Must not: decide anything. Routing, pools and procedures ask; nothing here knows of binds, apps
+or sessions.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from .generic import Generic
+from .mysql import MySQL
+from .postgresql import PostgreSQL
+from .sqlite import SQLite
+
+__all__ = ["FAMILIES", "Generic", "MySQL", "PostgreSQL", "SQLite", "dialect_for"]
+
+#: The families whose servers can hold a connection read-only, by SQLAlchemy's backend name.
+FAMILIES: dict[str, type[Generic]] = {
+    "mysql": MySQL,
+    "mariadb": MySQL,
+    "postgresql": PostgreSQL,
+    "sqlite": SQLite,
+}
+
+
+def dialect_for(engine: sa.Engine) -> Generic:
+    """The dialect of an engine's server; :class:`.Generic` for a family we know nothing of."""
+    return FAMILIES.get(engine.dialect.name, Generic)(engine.dialect)

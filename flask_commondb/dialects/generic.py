@@ -1,0 +1,129 @@
+"""What holds for every server, and the questions that each family answers in its own way."""
+
+from __future__ import annotations
+
+import dataclasses
+import select
+import typing as t
+
+import sqlalchemy as sa
+from sqlalchemy.engine.interfaces import DBAPIConnection
+
+from ..errors import ProcedureNotSupported
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter of a stored procedure.
+
+    :param name: as the server spells it.
+    :param mode: ``"IN"``, ``"OUT"`` or ``"INOUT"``.
+    :param full_type: with length and sign, such as ``decimal(20,6)``.
+    """
+
+    name: str
+    mode: str
+    full_type: str
+
+    def __str__(self) -> str:
+        return f"{self.mode} {self.name} {self.full_type}"
+
+
+class ResultSet(t.NamedTuple):
+    """The names of its columns, and its rows."""
+
+    keys: t.Sequence[str]
+    rows: t.Sequence[t.Sequence[t.Any]]
+
+
+class Outcome(t.NamedTuple):
+    """All that a procedure call has left: see :class:`.ProcedureResult`."""
+
+    sets: t.Sequence[ResultSet]
+    out: t.Mapping[str, t.Any]
+    rowcount: int
+    warnings: t.Sequence[tuple[str, int, str]]
+
+
+class Generic:
+    """A server of which nothing special is known.
+
+    :param dialect: SQLAlchemy's dialect object of one engine.
+    """
+
+    def __init__(self, dialect: sa.Dialect) -> None:
+        self.dialect = dialect
+
+    def install(self) -> None:
+        """Make the engine's driver connections the kind that this family wants."""
+
+    def prepare_primary(self, dbapi_connection: DBAPIConnection) -> None:
+        """Set up a new connection to a primary that has replicas."""
+
+    def hold_read_only(self, dbapi_connection: DBAPIConnection) -> None:
+        """Have the server refuse every write of this connection, whatever the user may do."""
+        raise NotImplementedError(f"{self.dialect.name} cannot hold a connection read-only.")
+
+    def in_transaction(self, dbapi_connection: DBAPIConnection) -> bool:
+        """Whether someone has opened a transaction on this autocommit connection."""
+        return False
+
+    def parameters(
+        self, connection: sa.Connection, schema: str | None, name: str
+    ) -> tuple[Parameter, ...] | None:
+        """The parameters of a stored procedure, ``None`` if the user can see no such procedure."""
+        raise ProcedureNotSupported(
+            f"Stored procedures are called on MySQL and MariaDB through PyMySQL; this bind uses"
+            f" {self.dialect.name}+{self.dialect.driver}."
+        )
+
+    def call(
+        self,
+        connection: sa.Connection,
+        schema: str | None,
+        name: str,
+        parameters: t.Sequence[Parameter],
+        args: t.Sequence[t.Any],
+    ) -> Outcome:
+        """Call a stored procedure and read everything it sends, to the very end.
+
+        :param args: for the parameters that are IN or INOUT, in order.
+        """
+        raise NotImplementedError
+
+    def is_stale_signature(self, error: sa.exc.DBAPIError) -> bool:
+        """Whether an error of :meth:`call` says that the parameters are not what we think."""
+        return False
+
+    def is_dead(self, dbapi_connection: DBAPIConnection) -> bool:
+        """Whether the server has hung up on an idle connection, found out without a round trip.
+
+        An idle connection has nothing to read. When there is something, it is the end of the
+        stream, a last word of the server, or rarely a harmless notice (TLS session tickets come
+        late, too): only then one ping tells.
+        """
+        descriptor = _descriptor(dbapi_connection)
+        if descriptor is None or not _readable(descriptor):
+            return False
+        try:
+            return not self.dialect.do_ping(dbapi_connection)
+        except Exception:
+            return True
+
+
+def _descriptor(dbapi_connection: DBAPIConnection) -> int | None:
+    fileno = t.cast("t.Callable[[], int] | None", getattr(dbapi_connection, "fileno", None))
+    if fileno is None:
+        return None
+    try:
+        return fileno()
+    except Exception:  # closed on this side: the next use says so
+        return None
+
+
+def _readable(descriptor: int) -> bool:
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN | select.POLLPRI)
+        return bool(poll.poll(0))
+    return bool(select.select([descriptor], [], [], 0)[0])

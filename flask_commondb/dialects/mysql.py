@@ -1,0 +1,269 @@
+"""MariaDB and MySQL, with PyMySQL as the first-class driver.
+
+Owns: the family's SQL, and what a PyMySQL connection must know to save round trips. PyMySQL is
+imported only when an engine uses it; what is used of its private parts is pinned by
+``tests/test_contract.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import typing as t
+
+import sqlalchemy as sa
+from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.engine.interfaces import DBAPIConnection
+
+from .generic import Generic
+from .generic import Outcome
+from .generic import Parameter
+from .generic import ResultSet
+
+#: SERVER_STATUS_IN_TRANS and SERVER_STATUS_NO_BACKSLASH_ESCAPES of the client/server protocol.
+_IN_TRANSACTION = 1
+_NO_BACKSLASH_ESCAPES = 512
+
+#: ROUTINES first: it has a row for a procedure without parameters, too. Both show what the user
+#: may only EXECUTE.
+_PARAMETERS = """
+SELECT p.parameter_name, p.parameter_mode, p.dtd_identifier
+FROM information_schema.routines r LEFT JOIN information_schema.parameters p
+  ON p.specific_schema = r.routine_schema AND p.specific_name = r.specific_name
+  AND p.routine_type = 'PROCEDURE'
+WHERE r.routine_schema = COALESCE(%s, DATABASE()) AND r.routine_name = %s
+  AND r.routine_type = 'PROCEDURE'
+ORDER BY p.ordinal_position
+"""
+
+#: No such procedure; wrong number of arguments; an argument for OUT that is no variable.
+_STALE_SIGNATURE = ((1305,), (1318,), (1414,))
+
+
+class MySQL(Generic):
+    """The MySQL family."""
+
+    def install(self) -> None:
+        """Have PyMySQL make our connections. ``do_connect`` listeners still run before it.
+
+        A dialect, a ``module`` or a ``creator`` of the user's own is left alone.
+        """
+        own = type(self.dialect).connect is not DefaultDialect.connect
+        dbapi = self.dialect.dbapi
+        if not own and dbapi is not None and dbapi.__name__ == "pymysql":
+            self.dialect.connect = connection_class()  # type: ignore[method-assign]
+
+    def parameters(
+        self, connection: sa.Connection, schema: str | None, name: str
+    ) -> tuple[Parameter, ...] | None:
+        if self.dialect.driver != "pymysql":
+            return super().parameters(connection, schema, name)
+        rows = connection.exec_driver_sql(_PARAMETERS, (schema, name)).all()
+        if not rows:
+            return None
+        return tuple(Parameter(*row) for row in rows if row[0] is not None)
+
+    def call(
+        self,
+        connection: sa.Connection,
+        schema: str | None,
+        name: str,
+        parameters: t.Sequence[Parameter],
+        args: t.Sequence[t.Any],
+    ) -> Outcome:
+        path = ".".join(map(_quote, filter(None, (schema, name))))
+        values = iter(args)
+        bound: list[t.Any] = []
+        inout: list[t.Any] = []
+        places: list[str] = []
+        assignments: list[str] = []
+        for variable, parameter in _variables(parameters):
+            if parameter.mode == "IN":
+                places.append("%s")
+                bound.append(next(values))
+                continue
+            places.append(variable)
+            if parameter.mode == "INOUT":
+                assignments.append(f"{variable} = %s")
+                inout.append(next(values))
+        if assignments:
+            connection.exec_driver_sql(f"SET {', '.join(assignments)}", tuple(inout))
+        statement = f"CALL {path}({', '.join(places)})"
+        with _same_escaping(connection), _draining(connection) as cursors:
+            connection.exec_driver_sql(statement, tuple(bound))
+        cursor = cursors[-1]
+        warnings = ()
+        if cursor.warning_count:
+            warnings = tuple(map(tuple, connection.exec_driver_sql("SHOW WARNINGS").all()))
+        out = self._out(connection, parameters)
+        return Outcome(cursor.sets, out, cursor.rowcount, warnings)
+
+    def is_stale_signature(self, error: sa.exc.DBAPIError) -> bool:
+        return error.orig is not None and error.orig.args[:1] in _STALE_SIGNATURE
+
+    def _out(
+        self, connection: sa.Connection, parameters: t.Sequence[Parameter]
+    ) -> dict[str, t.Any]:
+        """The OUT and INOUT values in Python types; user variables alone lose some of them."""
+        wanted = [
+            (variable, parameter)
+            for variable, parameter in _variables(parameters)
+            if parameter.mode != "IN"
+        ]
+        if not wanted:
+            return {}
+        columns = ", ".join(
+            _typed(variable, parameter.full_type) for variable, parameter in wanted
+        )
+        row = connection.exec_driver_sql(f"SELECT {columns}").one()
+        return {
+            parameter.name: bool(value)
+            if parameter.full_type == "tinyint(1)" and value is not None
+            else value
+            for (_, parameter), value in zip(wanted, row)
+        }
+
+    def hold_read_only(self, dbapi_connection: DBAPIConnection) -> None:
+        # Stronger than the server's read_only: it binds users with READ_ONLY ADMIN as well.
+        cursor = dbapi_connection.cursor()
+        try:
+            cursor.execute("SET SESSION TRANSACTION READ ONLY")
+        finally:
+            cursor.close()
+
+    def in_transaction(self, dbapi_connection: DBAPIConnection) -> bool:
+        return bool(getattr(dbapi_connection, "server_status", 0) & _IN_TRANSACTION)
+
+
+def _variables(parameters: t.Sequence[Parameter]) -> t.Iterator[tuple[str, Parameter]]:
+    for index, parameter in enumerate(parameters):
+        yield f"@commondb_{index}", parameter
+
+
+def _quote(identifier: str) -> str:
+    """An identifier for a statement in which the driver will look for ``%s``."""
+    return "`" + identifier.replace("`", "``").replace("%", "%%") + "`"
+
+
+def _typed(variable: str, full_type: str) -> str:
+    """A user variable as an expression of its parameter's type."""
+    name, _, length = full_type.lower().partition("(")
+    length = length.partition(")")[0]
+    if name in ("datetime", "timestamp"):
+        return f"CAST({variable} AS DATETIME({length or 0}))"
+    if name == "time":
+        return f"CAST({variable} AS TIME({length or 0}))"
+    if name == "date":
+        return f"CAST({variable} AS DATE)"
+    if name == "bit":
+        return f"{variable} + 0"
+    return variable
+
+
+class _DrainedCursor(t.Protocol):
+    sets: list[ResultSet]
+    rowcount: int
+    warning_count: int
+
+
+@contextlib.contextmanager
+def _draining(connection: sa.Connection) -> t.Iterator[list[_DrainedCursor]]:
+    """Have SQLAlchemy use cursors that read every result set while they execute.
+
+    A late error then comes out of ``execute()``, where SQLAlchemy wraps it, tells its listeners
+    and notices a lost connection, instead of out of the next statement, or of nothing at all.
+    """
+    from pymysql.cursors import Cursor
+
+    cursors: list[_DrainedCursor] = []
+
+    class DrainingCursor(Cursor):
+        def __init__(self, driver_connection: t.Any) -> None:
+            super().__init__(driver_connection)
+            self.sets: list[ResultSet] = []
+            cursors.append(self)
+
+        def execute(self, query: str, args: t.Any = None) -> int:
+            super().execute(query, args)
+            while True:
+                if self.description is not None:
+                    keys = [column[0] for column in self.description]
+                    self.sets.append(ResultSet(keys, self.fetchall()))
+                if not self.nextset():
+                    return int(self.rowcount)
+
+    driver_connection = t.cast(t.Any, connection.connection.driver_connection)
+    cursor_class = driver_connection.cursorclass
+    driver_connection.cursorclass = DrainingCursor
+    try:
+        yield cursors
+    finally:
+        driver_connection.cursorclass = cursor_class
+
+
+@contextlib.contextmanager
+def _same_escaping(connection: sa.Connection) -> t.Iterator[None]:
+    """Mend what a procedure that switches NO_BACKSLASH_ESCAPES leaves behind.
+
+    The server restores sql_mode when the procedure ends, but goes on telling the driver that
+    backslashes need no escaping: the next bound value could inject SQL.
+    """
+    driver_connection = t.cast(t.Any, connection.connection.driver_connection)
+    before = driver_connection.server_status & _NO_BACKSLASH_ESCAPES
+    try:
+        yield
+    finally:
+        if driver_connection.server_status & _NO_BACKSLASH_ESCAPES != before:
+            try:
+                with driver_connection.cursor() as cursor:
+                    cursor.execute("SET sql_mode = @@sql_mode")
+            except Exception as error:
+                connection.invalidate(error)
+
+
+@functools.lru_cache(maxsize=None)
+def connection_class() -> type[t.Any]:
+    """A PyMySQL connection that sends no COMMIT or ROLLBACK which has nothing to do.
+
+    SQLAlchemy ends a transaction and then resets the connection when it goes back to the pool:
+    a second ROLLBACK. Whether that one can be left out cannot be read from ``server_status``,
+    which a SELECT does not update while it opens a snapshot (a connection wrongly taken for clean
+    shows yesterday's data). So the commands are watched instead: nothing is pending exactly when
+    nothing but a ping was sent since the last COMMIT or ROLLBACK that succeeded. That covers raw
+    cursors, procedures and session variables alike.
+    """
+    from pymysql.connections import Connection as PyMySQLConnection
+    from pymysql.constants.COMMAND import COM_PING
+
+    class Connection(PyMySQLConnection[t.Any]):
+        nothing_pending = False
+
+        def connect(self, sock: t.Any = None) -> None:
+            # PyMySQL's connect_timeout ends with the TCP connect: a server that accepts and never
+            # greets (frozen, or behind a dead proxy) would be waited for without end.
+            read_timeout = self._read_timeout
+            self._read_timeout = min(filter(None, (read_timeout, self.connect_timeout)), default=None)
+            try:
+                super().connect(sock)
+            finally:
+                self._read_timeout = read_timeout
+
+        def commit(self) -> None:
+            if not self.nothing_pending:
+                super().commit()
+                self.nothing_pending = True
+
+        def rollback(self) -> None:
+            if not self.nothing_pending:
+                super().rollback()
+                self.nothing_pending = True
+
+        def fileno(self) -> int:
+            return int(self._sock.fileno())
+
+        def _execute_command(self, command: int, sql: str | bytes) -> None:
+            if command != COM_PING:
+                self.nothing_pending = False
+            super()._execute_command(command, sql)
+
+    return Connection

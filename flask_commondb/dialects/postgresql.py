@@ -1,0 +1,25 @@
+"""PostgreSQL: streaming replication, with psycopg 3 first."""
+
+from __future__ import annotations
+
+from sqlalchemy.engine.interfaces import DBAPIConnection
+
+from .generic import Generic
+
+#: libpq's PQTRANS_IDLE: no transaction is open.
+_IDLE = 0
+
+
+class PostgreSQL(Generic):
+    """A standby refuses writes by itself; this holds for a promoted one, too."""
+
+    def hold_read_only(self, dbapi_connection: DBAPIConnection) -> None:
+        cursor = dbapi_connection.cursor()
+        try:
+            cursor.execute("SET default_transaction_read_only = on")
+        finally:
+            cursor.close()
+
+    def in_transaction(self, dbapi_connection: DBAPIConnection) -> bool:
+        info = getattr(dbapi_connection, "info", None)
+        return info is not None and int(info.transaction_status) != _IDLE

@@ -1,0 +1,29 @@
+"""SQLite: the embedded default. A file in WAL mode; its replica reads the same file."""
+
+from __future__ import annotations
+
+from sqlalchemy.engine.interfaces import DBAPIConnection
+
+from .generic import Generic
+
+
+class SQLite(Generic):
+    """A database file. Readers and the writer do not wait for each other in WAL mode."""
+
+    def prepare_primary(self, dbapi_connection: DBAPIConnection) -> None:
+        _run(dbapi_connection, "PRAGMA journal_mode=WAL")
+
+    def hold_read_only(self, dbapi_connection: DBAPIConnection) -> None:
+        # Not "mode=ro" in the URL: that one cannot open a file that is still to be created.
+        _run(dbapi_connection, "PRAGMA query_only=ON")
+
+    def in_transaction(self, dbapi_connection: DBAPIConnection) -> bool:
+        return bool(getattr(dbapi_connection, "in_transaction", False))
+
+
+def _run(dbapi_connection: DBAPIConnection, statement: str) -> None:
+    cursor = dbapi_connection.cursor()
+    try:
+        cursor.execute(statement)
+    finally:
+        cursor.close()

@@ -1,0 +1,140 @@
+"""What happens to a connection between the server and a session.
+
+Owns: the listeners on an engine's pool: a free look whether the server has hung up, replica
+connections that are read-only and do no I/O when a session ends, and the fork guard.
+
+Must not: choose a server, or know of sessions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import typing as t
+import weakref
+
+import sqlalchemy as sa
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from .dialects import dialect_for
+
+#: A replica's engine always has this. Each SELECT sees the newest data, and nothing stays open.
+REPLICA_ISOLATION = "AUTOCOMMIT"
+
+
+def prepare(engine: sa.Engine, *, has_replicas: bool = False) -> None:
+    """Make a primary's engine ready. Called once, before its first connection.
+
+    :param engine: the engine of a bind.
+    :param has_replicas: whether reads will go elsewhere.
+    """
+    dialect = dialect_for(engine)
+    dialect.install()
+    _discard_dead_connections(engine)
+    _guarded.add(engine)
+    if has_replicas:
+
+        @sa.event.listens_for(engine, "connect")
+        def connect(dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+            dialect.prepare_primary(dbapi_connection)
+
+
+def prepare_replica(engine: sa.Engine) -> None:
+    """Make a replica's engine ready: read-only by the server's hand, and silent at the end.
+
+    At commit, rollback and close its connections send nothing, so that a dead replica can never
+    change what the primary's commit reports.
+
+    :param engine: an engine with the isolation level :data:`REPLICA_ISOLATION`.
+    """
+    prepare(engine)
+    dialect = dialect_for(engine)
+    engine.dialect.do_commit = engine.dialect.do_rollback = _nothing  # type: ignore[method-assign]
+
+    @sa.event.listens_for(engine, "connect")
+    def connect(dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+        dialect.hold_read_only(dbapi_connection)
+
+    @sa.event.listens_for(engine, "checkin")
+    def checkin(dbapi_connection: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+        # text("START TRANSACTION") in a replica scope would hand an old snapshot to the next user.
+        if dbapi_connection is not None and dialect.in_transaction(dbapi_connection):
+            entry.invalidate()
+
+
+def is_usable(connection: sa.Connection) -> bool:
+    """Whether a connection that is checked out can take another statement. No round trip."""
+    if connection.closed or connection.invalidated:
+        return False
+    dbapi_connection = connection.connection.dbapi_connection
+    return dbapi_connection is not None and not dialect_for(connection.engine).is_dead(
+        dbapi_connection
+    )
+
+
+def close(connection: sa.Connection) -> Exception | None:
+    """Give a connection back, whatever happens; one that cannot be closed is thrown away.
+
+    :returns: the error that closing has run into.
+    """
+    try:
+        connection.close()
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            connection.invalidate(error)
+        with contextlib.suppress(Exception):
+            connection.close()
+        return error
+    return None
+
+
+@contextlib.contextmanager
+def raw_cursor(connection: sa.Connection, *args: t.Any, **kwargs: t.Any) -> t.Iterator[t.Any]:
+    """A cursor of the driver; errors stay the driver's, but a lost connection is noticed.
+
+    :param args: with ``kwargs``, what the driver's ``cursor()`` takes.
+    """
+    driver_error = connection.dialect.loaded_dbapi.Error
+    cursor = connection.connection.cursor(*args, **kwargs)
+    try:
+        try:
+            yield cursor
+        except BaseException:
+            with contextlib.suppress(driver_error):
+                cursor.close()
+            raise
+        cursor.close()  # reads what is left of the results, and may find a late error
+    except driver_error as error:
+        # SQLAlchemy does not see what a raw cursor runs into.
+        if connection.dialect.is_disconnect(error, connection.connection, cursor):
+            connection.invalidate(error)
+        raise
+
+
+_guarded: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
+
+
+def _discard_dead_connections(engine: sa.Engine) -> None:
+    dialect = dialect_for(engine)
+
+    @sa.event.listens_for(engine, "checkout")
+    def checkout(
+        dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry, proxy: t.Any
+    ) -> None:
+        if dialect.is_dead(dbapi_connection):
+            raise sa.exc.DisconnectionError("The server has closed this connection.")
+
+
+def _nothing(dbapi_connection: DBAPIConnection) -> None:
+    """In the place of a COMMIT or ROLLBACK."""
+
+
+def _forget_inherited_connections() -> None:
+    """In a forked child: both processes would talk over one socket. The parent keeps it."""
+    for engine in list(_guarded):
+        engine.dispose(close=False)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_inherited_connections)

@@ -1,0 +1,492 @@
+"""Where a statement goes: rules 1 to 8, in :meth:`RoutingSession.get_bind`.
+
+Owns: the scopes (``db.primary()``, ``db.replica()``), the role of a unit of work on each bind, the
+session class that routes, and the replica connections that a session holds.
+
+Must not: parse SQL text, hold a lock, or keep anything that outlives its session, context or scope.
+
+The rules, in the order in which they are asked:
+
+1. a bind given by the caller is theirs, untouched;
+2. the bind that owns the statement's tables; without any, the session's own, else the default;
+3. a bind without replicas has only its primary;
+4. a unit of work that has written stays on the primary;
+5. an enclosing scope says where;
+6. else the request's method: GET, HEAD, OPTIONS and QUERY read from a replica;
+7. on a replica, what is not provably a read moves the unit to the primary for the rest of its life;
+8. the replica is chosen once for each unit and bind; none to be reached: the primary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import enum
+import functools
+import inspect
+import logging
+import types
+import typing as t
+import weakref
+
+import sqlalchemy as sa
+import sqlalchemy.orm as sa_orm
+from flask import current_app
+from flask import has_app_context
+from flask import has_request_context
+from flask import request
+from flask_sqlalchemy.session import Session as UpstreamSession
+
+from . import pools
+from . import procedures
+from . import signals
+from .errors import UnknownBindError
+from .errors import WrongBindError
+from .replicas import PAUSE
+from .replicas import Replica
+from .replicas import ReplicaSet
+from .statements import Facts
+from .statements import Reader
+from .statements import mapper_owners
+from .statements import single_owner
+
+if t.TYPE_CHECKING:
+    from .extension import CommonDB
+
+_logger = logging.getLogger("flask_commondb")
+
+_F = t.TypeVar("_F", bound=t.Callable[..., t.Any])
+
+#: The methods of a request that only reads.
+READ_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "QUERY"})
+
+
+class AllBinds(enum.Enum):
+    """In the place of a bind key: the session of ``db.session``, which is for every bind."""
+
+    ALL_BINDS = "all binds"
+
+
+ALL_BINDS: t.Final = AllBinds.ALL_BINDS
+
+
+class Scope:
+    """Says where reads go, inside a ``with`` block or a decorated function.
+
+    Holds no state, so one object may be entered again, also in other threads: what is entered
+    stands on a stack that each thread, greenlet and task has for itself. Leaving takes away what
+    entering has put there, and nothing else.
+
+    :param db: whose binds.
+    :param role: ``"primary"`` or ``"replica"``.
+    :param bind_keys: the binds that it is about; none means all.
+    """
+
+    def __init__(self, db: CommonDB, role: str, bind_keys: t.Collection[str | None] = ()) -> None:
+        self._db = db
+        self.role = role
+        self.bind_keys = frozenset(bind_keys)
+
+    def __enter__(self) -> None:
+        if self.bind_keys and has_app_context():
+            for bind_key in self.bind_keys - self._db.engines.keys():
+                raise unknown_bind(bind_key, self._db.engines)
+        self._db.scopes.set((*self._db.scopes.get(), self))
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        # The innermost of its kind: a generator may be left after scopes entered later.
+        entered = list(reversed(self._db.scopes.get()))
+        with contextlib.suppress(ValueError):  # left in a context that it was never entered in
+            entered.remove(self)
+        self._db.scopes.set(tuple(reversed(entered)))
+
+    def __call__(self, function: _F) -> _F:
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def wrapper(*args: t.Any, **kwargs: t.Any) -> t.Any:
+                with self:
+                    return await function(*args, **kwargs)
+
+        else:
+
+            @functools.wraps(function)
+            def wrapper(*args: t.Any, **kwargs: t.Any) -> t.Any:
+                with self:
+                    return function(*args, **kwargs)
+
+        return t.cast(_F, wrapper)
+
+
+
+def scope_role(db: CommonDB, bind_key: str | None) -> str | None:
+    """The role that the innermost scope about a bind gives to reads, ``None`` outside of any."""
+    for scope in reversed(db.scopes.get()):
+        if not scope.bind_keys or bind_key in scope.bind_keys:
+            return scope.role
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """What routing needs to know of one app. Made by ``init_app``, the same for every request.
+
+    :param reader: finds out whether a statement is a read.
+    :param by_method: whether rule 6 applies.
+    """
+
+    reader: Reader
+    by_method: bool
+    #: For each bind that has replicas.
+    replica_sets: dict[str | None, ReplicaSet] = dataclasses.field(default_factory=dict)
+    #: The same replicas, by their engines.
+    replicas: dict[t.Any, Replica] = dataclasses.field(default_factory=dict)
+    #: What the primaries of these binds are called.
+    primaries: dict[str | None, str] = dataclasses.field(default_factory=dict)
+
+    def add(self, bind_key: str | None, primary: str, replicas: t.Sequence[Replica]) -> None:
+        """Route the reads of a bind to replicas; called while the app is initialized."""
+        self.replica_sets[bind_key] = ReplicaSet(replicas)
+        self.replicas.update({replica.engine: replica for replica in replicas})
+        self.primaries[bind_key] = primary
+
+
+@dataclasses.dataclass
+class BindRole:
+    """Where one unit of work stands on one bind that has replicas.
+
+    :param replica: the one it reads from, once chosen.
+    :param has_read: whether anything was read from it.
+    :param pinned: why the unit stays on the primary, ``None`` as long as it may read elsewhere.
+    """
+
+    replica: Replica | None = None
+    has_read: bool = False
+    pinned: str | None = None
+
+
+class RoutingSession(UpstreamSession):
+    """The session of ``db.session`` and of ``db.sessions[key]``.
+
+    A replica's connection is the session's own, beside its transaction: commit and rollback do
+    not know of it, so it cannot change what they report.
+    """
+
+    #: The bind that it is for; :data:`ALL_BINDS` for ``db.session``.
+    bind_key: str | None | AllBinds = ALL_BINDS
+
+    _db: CommonDB
+
+    def __init__(self, db: CommonDB, **kwargs: t.Any) -> None:
+        super().__init__(db, **kwargs)
+        #: The roles of the unit of work, by bind key; all sessions of a context share them.
+        self.roles: dict[str | None, BindRole] = {}
+        #: The connections of the current transaction, in the order of their use.
+        self.connections_in_use: dict[sa.Connection, None] = {}
+        #: Those that the caller has given in the place of an engine, and will close.
+        self.joined_connections: weakref.WeakSet[sa.Connection] = weakref.WeakSet()
+        #: The replica connections, by bind key.
+        self.replica_connections: dict[str | None, sa.Connection] = {}
+
+    def get_bind(
+        self,
+        mapper: t.Any | None = None,
+        clause: t.Any | None = None,
+        bind: sa.Engine | sa.Connection | None = None,
+        **kwargs: t.Any,
+    ) -> sa.Engine | sa.Connection:
+        """The engine for a statement, by rules 1 to 8. No I/O: a replica is connected later.
+
+        Asked without a statement, it names the primary.
+        """
+        found = bind if bind is not None else self._find_bind(mapper, clause, kwargs)  # rule 1
+        if isinstance(found, sa.Connection):
+            self.joined_connections.add(found)
+        return found
+
+    def role(self, bind_key: str | None) -> BindRole:
+        """Where the unit of work stands on a bind."""
+        return self.roles.setdefault(bind_key, BindRole())
+
+    def pin(self, bind_key: str | None, reason: str) -> None:
+        """Keep the unit of work on the primary of a bind for the rest of its life.
+
+        :param reason: why, in the words of :data:`.signals.routed`.
+        """
+        role = self.role(bind_key)
+        role.pinned = role.pinned or reason
+
+    def pin_all(self, reason: str) -> None:
+        """:meth:`pin` this session's bind, or all binds that have replicas."""
+        for bind_key in self._db.router.replica_sets:
+            if self.bind_key in (ALL_BINDS, bind_key):
+                self.pin(bind_key, reason)
+
+    def own_connections(self) -> list[sa.Connection]:
+        """The connections of the current transaction that this session has to give back."""
+        return [
+            connection
+            for connection in self.connections_in_use
+            if connection not in self.joined_connections
+        ]
+
+    def connection(
+        self,
+        bind_arguments: t.Any | None = None,
+        execution_options: t.Any | None = None,
+    ) -> sa.Connection:
+        """As in SQLAlchemy. What is done with it is not seen, so it is a connection to the primary.
+
+        Inside ``db.replica()`` it is the replica's, and the server refuses what writes.
+        """
+        arguments = dict(bind_arguments or {})
+        if "bind" not in arguments and self._db.router.replica_sets:
+            bind_key = self._owner(arguments.get("mapper"), None)
+            if bind_key in self._db.router.replica_sets:
+                arguments["bind"] = self._engine_for_unseen_work(bind_key)
+        return super().connection(arguments, execution_options)
+
+    def callproc(
+        self, name: str, *args: t.Any, bind_key: str | None = None
+    ) -> procedures.ProcedureResult:
+        """Call a stored procedure in this session's transaction: see :meth:`.CommonDB.callproc`.
+
+        :param bind_key: for ``db.session`` only; the sessions of ``db.sessions`` know their own.
+        """
+        bind_key = self._given_or_own(bind_key)
+        if self.autoflush:
+            self.flush()
+        if bind_key in self._db.router.replica_sets:
+            self.pin(bind_key, "procedure")
+        connection = super().connection({"bind": self._primary(bind_key)})
+        with procedures.announced(name, bind_key):
+            return procedures.call(connection, name, args)
+
+    @contextlib.contextmanager
+    def cursor(
+        self, *args: t.Any, bind_key: str | None = None, **kwargs: t.Any
+    ) -> t.Iterator[t.Any]:
+        """A DBAPI cursor in this session's transaction: see :meth:`.CommonDB.cursor`."""
+        bind_key = self._given_or_own(bind_key)
+        if self.autoflush:
+            self.flush()
+        connection = super().connection({"bind": self._engine_for_unseen_work(bind_key)})
+        with pools.raw_cursor(connection, *args, **kwargs) as cursor:
+            yield cursor
+
+    def commit(self) -> None:
+        """As in SQLAlchemy; when it raises it has already rolled back, the session is usable."""
+        try:
+            super().commit()
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to show
+                self.rollback()
+            raise
+
+    def release_replica_connections(self) -> None:
+        """Give the replica connections back to their pools. No I/O, and raises no Exception."""
+        while self.replica_connections:
+            _, connection = self.replica_connections.popitem()
+            pools.close(connection)
+
+    def _find_bind(
+        self, mapper: t.Any | None, clause: t.Any | None, kwargs: dict[str, t.Any]
+    ) -> sa.Engine | sa.Connection:
+        engines = self._db.engines
+        router = self._db.router
+        if len(engines) == 1 and None in engines and not router.replica_sets:
+            return super().get_bind(mapper=mapper, clause=clause, **kwargs)
+
+        facts = None if clause is None else router.reader.facts(clause)
+        bind_key = self._owner(mapper, facts)  # rule 2
+        if bind_key not in engines:
+            if bind_key is None:  # no default bind, and nothing that says which
+                return super().get_bind(mapper=mapper, clause=clause, **kwargs)
+            raise unknown_bind(bind_key, engines)
+        if bind_key not in router.replica_sets:  # rule 3
+            return engines[bind_key]
+
+        role = self.role(bind_key)
+        reason = self._reason_for_primary(bind_key, role, facts)  # rules 4 to 7
+        if reason is None:
+            role.replica = role.replica or router.replica_sets[bind_key].choose()  # rule 8
+            if role.replica is not None:
+                return role.replica.engine
+            role.pinned = reason = "replica_down"
+        if clause is not None or self._flushing:
+            self._send_routed(bind_key, "primary", router.primaries[bind_key], reason)
+        return engines[bind_key]
+
+    def _owner(self, mapper: t.Any | None, facts: Facts | None) -> str | None:
+        """Rule 2.
+
+        :raises CrossBindError: if tables of several binds are named.
+        :raises WrongBindError: if this session is for another bind.
+        """
+        owners = {} if facts is None else dict(facts.owners)
+        if mapper is not None:
+            owners.update(mapper_owners(mapper))
+        owner = single_owner(owners)
+        if self.bind_key is ALL_BINDS:
+            return None if owner is None else owner[0]
+        if owner is not None and owner[0] != self.bind_key:
+            raise WrongBindError(
+                f"This session is for bind {self.bind_key!r}, but table {owners[owner[0]]!r}"
+                f" belongs to bind {owner[0]!r}. Use db.sessions[{owner[0]!r}], or db.session,"
+                " which finds the bind by itself."
+            )
+        return self.bind_key
+
+    def _reason_for_primary(
+        self, bind_key: str | None, role: BindRole, facts: Facts | None
+    ) -> str | None:
+        """Rules 4 to 7: why the primary answers, ``None`` if a replica may."""
+        if self._flushing:
+            self.pin(bind_key, "write")
+        if role.pinned is not None:  # rule 4, and what rule 7 has decided before
+            return role.pinned
+        scope = scope_role(self._db, bind_key)
+        if facts is None:
+            return "unknown"
+        if facts.not_read is not None and not (facts.is_text and scope == "replica"):  # rule 7
+            self.pin(bind_key, facts.not_read)
+            return facts.not_read
+        if scope is not None:  # rule 5
+            return None if scope == "replica" else "scope"
+        if self._db.router.by_method and has_request_context():  # rule 6
+            return None if request.method in READ_METHODS else "method"
+        return "default"
+
+    def _engine_for_unseen_work(self, bind_key: str | None) -> sa.Engine:
+        """The engine for work that is not shown to us as a statement."""
+        primary = self._primary(bind_key)
+        replicas = self._db.router.replica_sets.get(bind_key)
+        if replicas is None:
+            return primary
+        role = self.role(bind_key)
+        if role.pinned is None and scope_role(self._db, bind_key) == "replica":
+            role.replica = role.replica or replicas.choose()
+            if role.replica is not None:
+                return role.replica.engine
+        self.pin(bind_key, "connection")
+        return primary
+
+    def _connection_for_bind(
+        self, engine: t.Any, execution_options: t.Any | None = None, **kwargs: t.Any
+    ) -> sa.Connection:
+        replica = self._db.router.replicas.get(engine)
+        if replica is None:
+            if isinstance(engine, sa.Connection):
+                self.joined_connections.add(engine)
+            return super()._connection_for_bind(engine, execution_options, **kwargs)
+        # So that commit, rollback and expiry are what they are without replicas.
+        self._autobegin_t()
+        connection = self._replica_connection(replica.bind_key)
+        if connection is None:
+            primary = self._primary(replica.bind_key)
+            name = self._db.router.primaries[replica.bind_key]
+            self._send_routed(replica.bind_key, "primary", name, "replica_down")
+            return super()._connection_for_bind(primary, execution_options, **kwargs)
+        if signals.routed.receivers:
+            name = self._db.router.replicas[connection.engine].name
+            reason = "read" if scope_role(self._db, replica.bind_key) is None else "scope"
+            self._send_routed(replica.bind_key, "replica", name, reason)
+        if execution_options:
+            connection = connection.execution_options(**execution_options)
+        return connection
+
+    def _replica_connection(self, bind_key: str | None) -> sa.Connection | None:
+        """The connection to the unit's replica, made when needed; ``None``: use the primary.
+
+        A replica that cannot be reached is paused and the next one is tried, as long as nothing
+        was read. After that it is the same replica or the primary, which is never behind it.
+        """
+        connection = self.replica_connections.get(bind_key)
+        if connection is not None:
+            if pools.is_usable(connection):
+                return connection
+            pools.close(self.replica_connections.pop(bind_key))
+        role = self.role(bind_key)
+        replicas = self._db.router.replica_sets[bind_key]
+        while role.replica is not None:
+            try:
+                connection = role.replica.engine.connect()
+            except sa.exc.DBAPIError as error:
+                replicas.pause(role.replica)
+                _report_down(role.replica, error)
+                role.replica = None if role.has_read else replicas.choose()
+            else:
+                role.has_read = True
+                self.replica_connections[bind_key] = connection
+                return connection
+        self.pin(bind_key, "replica_down")
+        return None
+
+    def _given_or_own(self, bind_key: str | None) -> str | None:
+        return bind_key if self.bind_key is ALL_BINDS else self.bind_key
+
+    def _primary(self, bind_key: str | None) -> sa.Engine:
+        engines = self._db.engines
+        if bind_key not in engines:
+            raise unknown_bind(bind_key, engines)
+        return engines[bind_key]
+
+    def _send_routed(self, bind_key: str | None, role: str, server: str, reason: str) -> None:
+        if signals.routed.receivers:
+            signals.routed.send(
+                current_app._get_current_object(),  # type: ignore[attr-defined]
+                bind_key=bind_key,
+                role=role,
+                server=server,
+                reason=reason,
+            )
+
+
+@sa.event.listens_for(RoutingSession, "after_begin")
+def _note_connection(
+    session: RoutingSession, transaction: sa_orm.SessionTransaction, connection: sa.Connection
+) -> None:
+    session.connections_in_use[connection] = None
+
+
+@sa.event.listens_for(RoutingSession, "after_transaction_end")
+def _transaction_ended(
+    session: RoutingSession, transaction: sa_orm.SessionTransaction
+) -> None:
+    if transaction.parent is None:
+        session.connections_in_use.clear()
+        session.release_replica_connections()
+
+
+def unknown_bind(bind_key: t.Any, known: t.Collection[str | None]) -> UnknownBindError:
+    """The error for a bind key that the current app does not have."""
+    near = difflib.get_close_matches(str(bind_key), [key for key in known if key], n=1)
+    question = f" Did you mean {near[0]!r}?" if near else ""
+    return UnknownBindError(
+        f"Bind key {bind_key!r} is not in 'SQLALCHEMY_BINDS' config.{question}"
+        f" The current app has: {', '.join(map(repr, known))}."
+    )
+
+
+def _report_down(replica: Replica, error: sa.exc.DBAPIError) -> None:
+    _logger.warning(
+        "Replica %s of bind %r cannot be reached and is left alone for %g seconds: %s",
+        replica.name,
+        replica.bind_key,
+        PAUSE,
+        error.orig,
+        extra={"bind_key": replica.bind_key, "server": replica.name},
+    )
+    if signals.replica_down.receivers:
+        signals.replica_down.send(
+            current_app._get_current_object(),  # type: ignore[attr-defined]
+            bind_key=replica.bind_key,
+            server=replica.name,
+            error=error,
+        )

@@ -1,0 +1,30 @@
+"""The signals of Flask-CommonDB: what happens inside, for logs, metrics and the curious.
+
+Owns: the blinker signals. The sender is always the Flask app. A signal without a receiver costs
+one truth test, so a sender builds no arguments before it has looked.
+
+Must not: import anything of the package.
+"""
+
+from __future__ import annotations
+
+from blinker import Namespace
+
+_signals = Namespace()
+
+#: A statement was given to a server. Sent for binds that have replicas, with ``bind_key``
+#: (``str | None``), ``role`` (``"primary"`` or ``"replica"``), ``server`` (``host:port``, or the
+#: file's name for SQLite) and ``reason`` (``str``, see :doc:`replicas`).
+routed = _signals.signal("routed")
+
+#: A replica could not be reached and is left alone for a while. Sent with ``bind_key``,
+#: ``server`` and ``error``.
+replica_down = _signals.signal("replica-down")
+
+#: A session could not be closed cleanly when its context ended; the connection was thrown away.
+#: Sent once for each connection with ``bind_key``, ``endpoint`` (``str | None``) and ``error``.
+session_close_failed = _signals.signal("session-close-failed")
+
+#: A stored procedure was called. Sent with ``bind_key``, ``name`` and ``error`` (``None`` when it
+#: succeeded).
+procedure_called = _signals.signal("procedure-called")
