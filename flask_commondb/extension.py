@@ -25,7 +25,6 @@ from flask_sqlalchemy.session import Session as UpstreamSession
 
 from . import config
 from . import pools
-from . import sessions
 from .errors import ConfigError
 from .procedures import ProcedureResult
 from .replicas import Replica
@@ -33,6 +32,12 @@ from .routing import ALL_BINDS
 from .routing import Router
 from .routing import RoutingSession
 from .routing import Scope
+from .sessions import ContextRegistry
+from .sessions import SessionProxy
+from .sessions import Sessions
+from .sessions import close_all
+from .sessions import close_scoped
+from .sessions import transaction
 from .statements import Reader
 
 
@@ -46,10 +51,10 @@ class CommonDB(SQLAlchemy):
     .. versionadded:: 0.1
     """
 
-    session: sessions.SessionProxy
+    session: SessionProxy
 
     #: For each bind key a proxy for that bind's own session; ``None`` is the default bind.
-    sessions: sessions.Sessions
+    sessions: Sessions
 
     def init_app(self, app: Flask) -> None:
         """Initialize an app, as in Flask-SQLAlchemy.
@@ -72,9 +77,7 @@ class CommonDB(SQLAlchemy):
         self._record_replica_queries(app)
         self._close_after_every_teardown(app)
 
-    def transaction(
-        self, *bind_keys: str | None
-    ) -> contextlib.AbstractContextManager[t.Any]:
+    def transaction(self, *bind_keys: str | None) -> contextlib.AbstractContextManager[t.Any]:
         """Commit when the block ends, roll back when it raises.
 
         Works although the session has been used before, nests as a savepoint, and leaves a usable
@@ -106,9 +109,7 @@ class CommonDB(SQLAlchemy):
         """
         return self._session_for(bind_key).cursor(*args, **kwargs)
 
-    def callproc(
-        self, name: str, *args: t.Any, bind_key: str | None = None
-    ) -> ProcedureResult:
+    def callproc(self, name: str, *args: t.Any, bind_key: str | None = None) -> ProcedureResult:
         """Call a stored procedure, on a session's connection and in its transaction.
 
         Every result set is read before this returns, so an error that comes late is raised here,
@@ -166,7 +167,7 @@ class CommonDB(SQLAlchemy):
         names = [config.server_name(engine.url) for engine in self.engines.values()]
         return f"<{type(self).__name__} {', '.join(names)}>"
 
-    def _make_scoped_session(self, options: dict[str, t.Any]) -> sessions.SessionProxy:
+    def _make_scoped_session(self, options: dict[str, t.Any]) -> SessionProxy:
         """Upstream's constructor calls this first: our own attributes are made here, and the
         constructor with its signature stays upstream's."""
         self._configs: weakref.WeakKeyDictionary[Flask, config.Config]
@@ -177,14 +178,12 @@ class CommonDB(SQLAlchemy):
         options = dict(options)
         scopefunc = options.pop("scopefunc", None)
         factory = self._make_session_factory(options)
-        self.sessions = sessions.Sessions(self, factory)
+        self.sessions = Sessions(self, factory)
         if scopefunc is not None:
-            return sessions.SessionProxy(factory, scopefunc=scopefunc)
-        return sessions.SessionProxy(factory, sessions.ContextRegistry(self, factory))
+            return SessionProxy(factory, scopefunc=scopefunc)
+        return SessionProxy(factory, ContextRegistry(self, factory))
 
-    def _make_session_factory(
-        self, options: dict[str, t.Any]
-    ) -> sa_orm.sessionmaker[t.Any]:
+    def _make_session_factory(self, options: dict[str, t.Any]) -> sa_orm.sessionmaker[t.Any]:
         given = options.get("class_")
         if given is None:
             options["class_"] = RoutingSession
@@ -236,11 +235,11 @@ class CommonDB(SQLAlchemy):
         return super()._make_declarative_base(_as_plain_class(model_class), *args, **kwargs)
 
     def _teardown_session(self, exc: BaseException | None) -> None:
-        if isinstance(self.session.registry, sessions.ContextRegistry):
-            sessions.close_all(self)
+        if isinstance(self.session.registry, ContextRegistry):
+            close_all(self)
         else:
-            sessions.close_scoped(self.session)
-            sessions.close_all(self)
+            close_scoped(self.session)
+            close_all(self)
 
     def _close_after_every_teardown(self, app: Flask) -> None:
         """Close also when another extension's teardown raises, or uses a session after ours.
@@ -275,7 +274,7 @@ class CommonDB(SQLAlchemy):
             for replica in self._routers[app].replicas.values():
                 record_queries._listen(replica.engine)
 
-    def _session_for(self, bind_key: str | None) -> sessions.SessionProxy:
+    def _session_for(self, bind_key: str | None) -> SessionProxy:
         return self.session if bind_key is None else self.sessions[bind_key]
 
     @contextlib.contextmanager
@@ -286,7 +285,7 @@ class CommonDB(SQLAlchemy):
             taken: dict[t.Any, t.Any] = {ALL_BINDS: self.session()}
         else:
             taken = {bind_key: self.sessions[bind_key]() for bind_key in bind_keys}
-        with sessions.transaction(taken):
+        with transaction(taken):
             yield next(iter(taken.values())) if len(taken) == 1 else tuple(taken.values())
 
 

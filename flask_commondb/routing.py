@@ -124,7 +124,6 @@ class Scope:
         return t.cast(_F, wrapper)
 
 
-
 def scope_role(db: CommonDB, bind_key: str | None) -> str | None:
     """The role that the innermost scope about a bind gives to reads, ``None`` outside of any."""
     for scope in reversed(db.scopes.get()):
@@ -179,7 +178,7 @@ class RoutingSession(UpstreamSession):
     """
 
     #: The bind that it is for; :data:`ALL_BINDS` for ``db.session``.
-    bind_key: str | None | AllBinds = ALL_BINDS
+    bind_key: str | AllBinds | None = ALL_BINDS
 
     _db: CommonDB
 
@@ -456,9 +455,7 @@ def _note_connection(
 
 
 @sa.event.listens_for(RoutingSession, "after_transaction_end")
-def _transaction_ended(
-    session: RoutingSession, transaction: sa_orm.SessionTransaction
-) -> None:
+def _transaction_ended(session: RoutingSession, transaction: sa_orm.SessionTransaction) -> None:
     if transaction.parent is None:
         session.connections_in_use.clear()
         session.release_replica_connections()

@@ -39,7 +39,7 @@ if t.TYPE_CHECKING:
 
 _logger = logging.getLogger("flask_commondb")
 
-_Key = str | None | AllBinds
+_Key = str | AllBinds | None
 
 
 @dataclasses.dataclass
@@ -123,9 +123,7 @@ class SessionProxy(sa_orm.scoped_session[t.Any]):
         """See :meth:`.CommonDB.callproc`."""
         return t.cast(RoutingSession, self()).callproc(name, *args, **kwargs)
 
-    def cursor(
-        self, *args: t.Any, **kwargs: t.Any
-    ) -> contextlib.AbstractContextManager[t.Any]:
+    def cursor(self, *args: t.Any, **kwargs: t.Any) -> contextlib.AbstractContextManager[t.Any]:
         """See :meth:`.CommonDB.cursor`."""
         return t.cast(RoutingSession, self()).cursor(*args, **kwargs)
 

@@ -107,7 +107,9 @@ class Reader:
             return "write"
         if isinstance(element, ForUpdateArg):
             return "locked"
-        if element.__visit_name__ not in READ_ELEMENTS or not _is_sqlalchemys(type(element)):
+        if element.__visit_name__ not in READ_ELEMENTS or not _is_sqlalchemys(
+            t.cast(t.Hashable, type(element))
+        ):
             return "unknown_sql"
         if isinstance(element, sa.Function):
             return None if self._reads(element) else "unknown_sql"
@@ -151,12 +153,12 @@ def _note_owner(element: t.Any, owners: dict[str | None, str]) -> None:
         owners.setdefault(table.metadata.info["bind_key"], table.fullname)
 
 
-@functools.lru_cache(maxsize=None)
-def _is_sqlalchemys(element_class: type) -> bool:
+@functools.cache
+def _is_sqlalchemys(element_class: t.Hashable) -> bool:
     """Whether a construct's SQL is SQLAlchemy's own: what others compile is not known to us."""
-    return issubclass(element_class, sa.Table) or all(
-        base.__module__.partition(".")[0] in ("sqlalchemy", "builtins", "typing")
-        for base in element_class.__mro__
+    bases = t.cast(type, element_class).__mro__
+    return sa.Table in bases or all(
+        base.__module__.partition(".")[0] in ("sqlalchemy", "builtins", "typing") for base in bases
     )
 
 

@@ -92,9 +92,10 @@ class MySQL(Generic):
         with _same_escaping(connection), _draining(connection) as cursors:
             connection.exec_driver_sql(statement, tuple(bound))
         cursor = cursors[-1]
-        warnings = ()
+        warnings: list[tuple[str, int, str]] = []
         if cursor.warning_count:
-            warnings = tuple(map(tuple, connection.exec_driver_sql("SHOW WARNINGS").all()))
+            rows = connection.exec_driver_sql("SHOW WARNINGS").all()
+            warnings = [(level, code, message) for level, code, message in rows]
         out = self._out(connection, parameters)
         return Outcome(cursor.sets, out, cursor.rowcount, warnings)
 
@@ -112,15 +113,13 @@ class MySQL(Generic):
         ]
         if not wanted:
             return {}
-        columns = ", ".join(
-            _typed(variable, parameter.full_type) for variable, parameter in wanted
-        )
+        columns = ", ".join(_typed(variable, parameter.full_type) for variable, parameter in wanted)
         row = connection.exec_driver_sql(f"SELECT {columns}").one()
         return {
             parameter.name: bool(value)
             if parameter.full_type == "tinyint(1)" and value is not None
             else value
-            for (_, parameter), value in zip(wanted, row)
+            for (_, parameter), value in zip(wanted, row, strict=True)
         }
 
     def hold_read_only(self, dbapi_connection: DBAPIConnection) -> None:
@@ -221,7 +220,7 @@ def _same_escaping(connection: sa.Connection) -> t.Iterator[None]:
                 connection.invalidate(error)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def connection_class() -> type[t.Any]:
     """A PyMySQL connection that sends no COMMIT or ROLLBACK which has nothing to do.
 
@@ -235,14 +234,19 @@ def connection_class() -> type[t.Any]:
     from pymysql.connections import Connection as PyMySQLConnection
     from pymysql.constants.COMMAND import COM_PING
 
-    class Connection(PyMySQLConnection[t.Any]):
+    # The private parts that are used have no types.
+    base: t.Any = PyMySQLConnection
+
+    class Connection(base):  # type: ignore[misc]
         nothing_pending = False
+        _read_timeout: float | None
 
         def connect(self, sock: t.Any = None) -> None:
             # PyMySQL's connect_timeout ends with the TCP connect: a server that accepts and never
             # greets (frozen, or behind a dead proxy) would be waited for without end.
             read_timeout = self._read_timeout
-            self._read_timeout = min(filter(None, (read_timeout, self.connect_timeout)), default=None)
+            limits = [limit for limit in (read_timeout, self.connect_timeout) if limit]
+            self._read_timeout = min(limits, default=None)
             try:
                 super().connect(sock)
             finally:

@@ -1,0 +1,37 @@
+"""The pytest plugin: what a test finds when it asks for ``db``.
+
+Owns: fixtures on top of pytest-flask's ``app``. Nothing here is automatic, and no application
+context is held open: a test that does not ask pays nothing.
+
+Must not: import at start-up what an app in production would not.
+"""
+
+from __future__ import annotations
+
+import typing as t
+
+import pytest
+
+if t.TYPE_CHECKING:
+    from flask import Flask
+
+    from .extension import CommonDB
+
+
+@pytest.fixture
+def db(app: Flask) -> t.Iterator[CommonDB]:
+    """The app's :class:`.CommonDB`, with all tables made; they are dropped after the test.
+
+    The test pushes its own contexts, as the app's requests do:
+    ``with app.app_context(): db.session.add(…)``.
+    """
+    extension: CommonDB = app.extensions["sqlalchemy"]
+    with app.app_context():
+        extension.create_all()
+    yield extension
+    with app.app_context():
+        extension.drop_all()
+        for engine in extension.engines.values():
+            engine.dispose()
+        for replica in extension.router.replicas.values():
+            replica.engine.dispose()
