@@ -30,7 +30,7 @@ def prepare(engine: sa.Engine, *, has_replicas: bool = False) -> None:
     :param has_replicas: whether reads will go elsewhere.
     """
     dialect = dialect_for(engine)
-    dialect.install()
+    dialect.install(engine)
     _discard_dead_connections(engine)
     _guarded.add(engine)
     if has_replicas:
@@ -71,6 +71,13 @@ def is_usable(connection: sa.Connection) -> bool:
     return dbapi_connection is not None and not dialect_for(connection.engine).is_dead(
         dbapi_connection
     )
+
+
+def discard(connection: sa.Connection) -> None:
+    """Throw a connection away; its pool makes a new one when it needs one."""
+    with contextlib.suppress(Exception):
+        connection.invalidate()
+    close(connection)
 
 
 def close(connection: sa.Connection) -> Exception | None:

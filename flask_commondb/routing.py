@@ -380,7 +380,8 @@ class RoutingSession(UpstreamSession):
         self, engine: t.Any, execution_options: t.Any | None = None, **kwargs: t.Any
     ) -> sa.Connection:
         replica = self._db.router.replicas.get(engine)
-        if replica is None:
+        if replica is None or self.role(replica.bind_key).replica is not replica:
+            # A primary's engine, or what the caller has given as a bind.
             if isinstance(engine, sa.Connection):
                 self.joined_connections.add(engine)
             return super()._connection_for_bind(engine, execution_options, **kwargs)
@@ -410,7 +411,7 @@ class RoutingSession(UpstreamSession):
         if connection is not None:
             if pools.is_usable(connection):
                 return connection
-            pools.close(self.replica_connections.pop(bind_key))
+            pools.discard(self.replica_connections.pop(bind_key))
         role = self.role(bind_key)
         replicas = self._db.router.replica_sets[bind_key]
         while role.replica is not None:

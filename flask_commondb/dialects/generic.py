@@ -54,8 +54,8 @@ class Generic:
     def __init__(self, dialect: sa.Dialect) -> None:
         self.dialect = dialect
 
-    def install(self) -> None:
-        """Make the engine's driver connections the kind that this family wants."""
+    def install(self, engine: sa.Engine) -> None:
+        """Make the engine's connections what this family needs, before the first is opened."""
 
     def prepare_primary(self, dbapi_connection: DBAPIConnection) -> None:
         """Set up a new connection to a primary that has replicas."""
@@ -102,23 +102,13 @@ class Generic:
         stream, a last word of the server, or rarely a harmless notice (TLS session tickets come
         late, too): only then one ping tells.
         """
-        descriptor = _descriptor(dbapi_connection)
-        if descriptor is None or not _readable(descriptor):
+        fileno: t.Callable[[], int] | None = getattr(dbapi_connection, "fileno", None)
+        if fileno is None:  # SQLite has no server that could hang up
             return False
         try:
-            return not self.dialect.do_ping(dbapi_connection)
-        except Exception:
+            return _readable(fileno()) and not self.dialect.do_ping(dbapi_connection)
+        except Exception:  # closed on this side, or found to be while asking
             return True
-
-
-def _descriptor(dbapi_connection: DBAPIConnection) -> int | None:
-    fileno = t.cast("t.Callable[[], int] | None", getattr(dbapi_connection, "fileno", None))
-    if fileno is None:
-        return None
-    try:
-        return fileno()
-    except Exception:  # closed on this side: the next use says so
-        return None
 
 
 def _readable(descriptor: int) -> bool:

@@ -43,7 +43,7 @@ _STALE_SIGNATURE = ((1305,), (1318,), (1414,))
 class MySQL(Generic):
     """The MySQL family."""
 
-    def install(self) -> None:
+    def install(self, engine: sa.Engine) -> None:
         """Have PyMySQL make our connections. ``do_connect`` listeners still run before it.
 
         A dialect, a ``module`` or a ``creator`` of the user's own is left alone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
 from .generic import Generic
@@ -9,6 +10,9 @@ from .generic import Generic
 
 class SQLite(Generic):
     """A database file. Readers and the writer do not wait for each other in WAL mode."""
+
+    def install(self, engine: sa.Engine) -> None:
+        sa.event.listen(engine, "savepoint", _begin_first)
 
     def prepare_primary(self, dbapi_connection: DBAPIConnection) -> None:
         _run(dbapi_connection, "PRAGMA journal_mode=WAL")
@@ -19,6 +23,13 @@ class SQLite(Generic):
 
     def in_transaction(self, dbapi_connection: DBAPIConnection) -> bool:
         return bool(getattr(dbapi_connection, "in_transaction", False))
+
+
+def _begin_first(connection: sa.Connection, name: str | None) -> None:
+    """Python's sqlite3 begins a transaction before INSERT, UPDATE and DELETE only. A savepoint
+    outside of one would be a transaction of its own, and its release a commit."""
+    if not getattr(connection.connection.dbapi_connection, "in_transaction", True):
+        connection.exec_driver_sql("BEGIN")
 
 
 def _run(dbapi_connection: DBAPIConnection, statement: str) -> None:

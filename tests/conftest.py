@@ -1,0 +1,104 @@
+"""Fixtures for tests against real servers.
+
+This module owns when the servers start, that each test finds them whole and its database empty,
+and what happens where they are not installed. How a server is run is the business of `servers`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import typing as t
+from pathlib import Path
+
+import pytest
+
+from .proxy import Proxy
+from .servers import ClusterT
+from .servers import Database
+from .servers import MariaDBCluster
+from .servers import PostgreSQLCluster
+from .servers import ServerMissing
+from .servers import split_statements
+
+if t.TYPE_CHECKING:
+    import collections.abc as c
+
+    MakeProxy = c.Callable[..., Proxy]
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> c.Iterator[MariaDBCluster]:
+    """A MariaDB primary with two replicas, started when the first test asks for it."""
+    with started(MariaDBCluster()) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> c.Iterator[PostgreSQLCluster]:
+    """A PostgreSQL primary with a standby, started when the first test asks for it."""
+    with started(PostgreSQLCluster()) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def mariadb_database(mariadb: MariaDBCluster) -> c.Iterator[Database[MariaDBCluster]]:
+    """An empty database on a MariaDB cluster that is whole."""
+    with clean_database(mariadb) as database:
+        yield database
+
+
+@pytest.fixture
+def postgresql_database(postgresql: PostgreSQLCluster) -> c.Iterator[Database[PostgreSQLCluster]]:
+    """An empty database on a PostgreSQL cluster that is whole."""
+    with clean_database(postgresql) as database:
+        yield database
+
+
+@pytest.fixture
+def procedures(mariadb_database: Database[MariaDBCluster]) -> Database[MariaDBCluster]:
+    """The test's database, with the procedures of `procedures.sql` on every server."""
+    script = Path(__file__).with_name("procedures.sql").read_text(encoding="utf-8")
+    for statement in split_statements(script):
+        mariadb_database.execute(statement)
+    mariadb_database.sync()
+    return mariadb_database
+
+
+@pytest.fixture
+def proxy() -> c.Iterator[MakeProxy]:
+    """A function that puts a proxy before a port: `proxy(port)`, or `proxy(port, None)`."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *args: stack.enter_context(Proxy(*args))
+
+
+@contextlib.contextmanager
+def started(cluster: ClusterT) -> c.Iterator[ClusterT]:
+    """Run a cluster; where its programs are missing, skip the test, or fail it under CI."""
+    try:
+        cluster.start()
+    except ServerMissing as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@contextlib.contextmanager
+def clean_database(cluster: ClusterT) -> c.Iterator[Database[ClusterT]]:
+    """Create a database and drop it, on a cluster that is repaired before and after."""
+    # Before as well: a test may have used the cluster without asking for a database.
+    cluster.repair()
+    database = Database(cluster, f"test_{next(_numbers)}")
+    cluster.create_database(database.name)
+    try:
+        yield database
+    finally:
+        cluster.repair()
+        cluster.drop_database(database.name)
