@@ -64,16 +64,15 @@ def call(connection: sa.Connection, name: str, args: t.Sequence[t.Any]) -> Proce
     schema, procedure = _split(name)
     signatures = _signatures.setdefault(connection.engine, {})
     key = (schema, procedure.lower())
-    if key not in signatures:
-        signatures[key] = _signature(dialect, connection, schema, procedure, len(args))
-    parameters = signatures[key]
-    given = [parameter for parameter in parameters if parameter.mode != "OUT"]
-    if len(given) != len(args):
+    parameters = signatures.get(key)
+    if parameters is None or _count(parameters) != len(args):  # or changed on the server since
+        parameters = _signature(dialect, connection, schema, procedure, len(args))
+        signatures[key] = parameters
+    if _count(parameters) != len(args):
         signature = ", ".join(map(str, parameters))
-        del signatures[key]  # it may have changed on the server
         raise TypeError(
-            f"{name} takes {len(given)} IN and INOUT argument(s), but {len(args)} were given."
-            f" Its signature: {name}({signature})"
+            f"{name} takes {_count(parameters)} IN and INOUT argument(s), but {len(args)} were"
+            f" given. Its signature: {name}({signature})"
         )
     try:
         return ProcedureResult(dialect.call(connection, schema, procedure, parameters, args))
@@ -134,6 +133,11 @@ def _signature(
         # Not there, or not visible: let the server say which.
         return tuple(Parameter(f"argument {index}", "IN", "") for index in range(count))
     return parameters
+
+
+def _count(parameters: t.Sequence[Parameter]) -> int:
+    """How many arguments the caller has to give."""
+    return sum(parameter.mode != "OUT" for parameter in parameters)
 
 
 def _result(result_set: ResultSet) -> sa.Result[t.Any]:
