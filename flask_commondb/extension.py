@@ -73,7 +73,11 @@ class CommonDB(SQLAlchemy):
         reader = Reader(settings.read_functions)
         self._configs[app] = settings
         self._routers[app] = Router(reader, by_method=settings.routing == "auto")
-        super().init_app(app)
+        try:
+            super().init_app(app)
+        except BaseException:
+            app.extensions.pop("sqlalchemy", None)
+            raise
         self._record_replica_queries(app)
         self._close_after_every_teardown(app)
 

@@ -408,6 +408,7 @@ class Cluster(abc.ABC, t.Generic[ServerT]):
 
     def __init__(self) -> None:
         self._directory: Path | None = None
+        self._owner_pid = 0
         #: The primary, then its replicas; none before the start.
         self.servers: list[ServerT] = []
 
@@ -430,6 +431,7 @@ class Cluster(abc.ABC, t.Generic[ServerT]):
 
     def start(self) -> None:
         """Start the servers on new ports and wait until the replicas follow the primary."""
+        self._owner_pid = os.getpid()
         self._directory = _make_directory(self._owner())
         try:
             self.servers = self._make_servers(self._directory)
@@ -439,8 +441,10 @@ class Cluster(abc.ABC, t.Generic[ServerT]):
             raise
 
     def stop(self) -> None:
-        """End the servers and delete all they had. Harmless on a cluster that does not run."""
-        if self._directory is None:
+        """End the servers and delete all they had; nothing on a cluster that does not run."""
+        # A fork of the process that started them must leave the servers alone, as it cannot even
+        # tell whether they run.
+        if self._directory is None or self._owner_pid != os.getpid():
             return
         for server in reversed(self.servers):
             server.abort()

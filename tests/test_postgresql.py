@@ -1,0 +1,129 @@
+"""Routing on a PostgreSQL primary with a streaming standby; the servers are asked who they are."""
+
+from __future__ import annotations
+
+import typing as t
+
+import pytest
+import sqlalchemy as sa
+
+from .apps import Lab
+
+if t.TYPE_CHECKING:
+    from .servers import Database
+    from .servers import PostgreSQLCluster
+
+
+@pytest.fixture
+def lab(postgresql_database: Database[PostgreSQLCluster]) -> t.Iterator[Lab]:
+    database = postgresql_database
+    lab = Lab(database.primary_url, database.replica_urls)
+    with lab.app.app_context():
+        lab.db.create_all()
+        lab.db.session.add(lab.Post(title="first"))
+        lab.db.session.commit()
+    database.sync()
+    yield lab
+    assert lab.checked_out() == 0
+    lab.dispose()
+
+
+@pytest.fixture
+def primary(postgresql_database: Database[PostgreSQLCluster]) -> int:
+    return postgresql_database.cluster.primary.port
+
+
+@pytest.fixture
+def standby(postgresql_database: Database[PostgreSQLCluster]) -> int:
+    return postgresql_database.cluster.standby.port
+
+
+def test_by_method(lab: Lab, primary: int, standby: int) -> None:
+    """GET is answered by the standby, POST by the primary."""
+    assert lab.run(lab.read) == standby
+    assert lab.run(lab.read, "POST") == primary
+
+
+def test_a_write_in_a_get(lab: Lab, primary: int, standby: int) -> None:
+    """A GET that writes succeeds, and reads from the primary from then on."""
+    with lab.request():
+        assert lab.read() == standby
+        lab.db.session.add(lab.Post(title="second"))
+        assert lab.read() == primary
+        lab.db.session.commit()
+        assert lab.titles() == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        lambda lab: sa.select(lab.Post.id).with_for_update(skip_locked=True),
+        lambda lab: sa.select(sa.func.nextval("post_id_seq")),
+        lambda lab: sa.select(sa.func.pg_advisory_xact_lock(1)),
+        lambda lab: sa.select(
+            sa.update(lab.Post).values(title="x").returning(lab.Post.id).cte("changed").c.id
+        ),
+        lambda lab: sa.select(sa.Sequence("post_id_seq").next_value()),
+        lambda lab: sa.text("UPDATE post SET title = 'x'"),
+    ],
+)
+def test_what_a_standby_would_refuse(
+    lab: Lab, primary: int, standby: int, statement: t.Callable[[Lab], t.Any]
+) -> None:
+    """Locks, sequences, advisory locks and a CTE that writes go to the primary, without an error."""
+    with lab.request():
+        assert lab.read() == standby
+        lab.db.session.execute(statement(lab))
+        assert lab.read() == primary
+        lab.db.session.commit()
+
+
+def test_replica_scope(lab: Lab, standby: int) -> None:
+    """``db.replica()`` works outside a request, and a raw cursor in it is the standby's."""
+    with lab.app.app_context(), lab.db.replica():
+        assert lab.read() == standby
+        with lab.db.cursor() as cursor:
+            cursor.execute("SELECT pg_is_in_recovery()")
+            assert cursor.fetchone() == (True,)
+
+
+def test_transaction_left_open_on_the_standby(
+    lab: Lab, postgresql_database: Database[PostgreSQLCluster]
+) -> None:
+    """A snapshot that text has opened in a replica scope does not wait for the next user."""
+    with lab.request(), lab.db.replica():
+        lab.db.session.execute(sa.text("BEGIN ISOLATION LEVEL REPEATABLE READ"))
+        assert lab.titles() == ["first"]
+    postgresql_database.execute("UPDATE post SET title = 'changed'")
+    postgresql_database.sync()
+    assert lab.run(lab.titles) == ["changed"]
+
+
+def test_standby_down(
+    lab: Lab, primary: int, postgresql_database: Database[PostgreSQLCluster]
+) -> None:
+    """With the standby dead the primary answers, in the middle of a unit as well."""
+    with lab.request():
+        lab.read()
+        postgresql_database.cluster.standby.kill()
+        assert lab.read() == primary
+    assert lab.run(lab.read) == primary
+
+
+def test_a_failed_statement_on_the_standby(lab: Lab, standby: int) -> None:
+    """An error on the standby leaves no failed transaction behind: the next statement works."""
+    with lab.request(), lab.db.replica():
+        with pytest.raises(sa.exc.ProgrammingError, match="missing"):
+            lab.db.session.execute(sa.text("SELECT * FROM missing"))
+        assert lab.read() == standby
+
+
+def test_commit_and_rollback_of_a_pooled_primary(
+    lab: Lab, postgresql_database: Database[PostgreSQLCluster]
+) -> None:
+    """A pool of one shows each unit what another client has committed between them."""
+    small = Lab(postgresql_database.primary_url, engine_options={"pool_size": 1, "max_overflow": 0})
+    for number in range(50):
+        postgresql_database.execute(f"UPDATE post SET title = 'now {number}'")
+        assert small.run(small.titles) == [f"now {number}"]
+    small.dispose()
