@@ -1,4 +1,4 @@
-"""``CommonDB`` in the place of ``SQLAlchemy``: what an app relies on is unchanged. Invariant I11."""
+"""``CommonDB`` in the place of ``SQLAlchemy``: what an app relies on is unchanged. I11."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def scenario(extension: type[SQLAlchemy], url: str, bind: str) -> tuple[Log, lis
     app = Flask("scenario")
     app.config["SQLALCHEMY_DATABASE_URI"] = url
     app.config["SQLALCHEMY_BINDS"] = {"other": bind}
-    db = extension(app, model_class=Base)
+    db: t.Any = t.cast(t.Any, extension)(app, model_class=Base)
 
-    class User(db.Model):  # type: ignore[name-defined, misc]
+    class User(db.Model):  # type: ignore[misc]
         id: so.Mapped[int] = so.mapped_column(primary_key=True)
         name: so.Mapped[str] = so.mapped_column(sa.String(20), unique=True)
         posts: so.Mapped[list[Post]] = so.relationship(back_populates="user")
 
-    class Post(db.Model):  # type: ignore[name-defined, misc]
+    class Post(db.Model):  # type: ignore[misc]
         id: so.Mapped[int] = so.mapped_column(primary_key=True)
         user_id: so.Mapped[int] = so.mapped_column(sa.ForeignKey(User.id))
         user: so.Mapped[User] = so.relationship(back_populates="posts")
 
-    class Event(db.Model):  # type: ignore[name-defined, misc]
+    class Event(db.Model):  # type: ignore[misc]
         __bind_key__ = "other"
         id: so.Mapped[int] = so.mapped_column(primary_key=True)
 
@@ -69,7 +69,7 @@ def scenario(extension: type[SQLAlchemy], url: str, bind: str) -> tuple[Log, lis
         seen.append(db.session.get(Event, 1) is not None)
         seen.append(db.session.query(Post).join(User).filter(User.name == "kim").count())
         db.session.add(User(name="kim"))
-        with pytest.raises(sa.exc.IntegrityError):  # noqa: PT011 - each server has its own text
+        with pytest.raises(sa.exc.IntegrityError):
             db.session.flush()
         db.session.rollback()
         user = db.session.scalars(sa.select(User)).one()
@@ -172,7 +172,7 @@ def test_repr(tmp_path: Path) -> None:
 
 
 def test_init_app_again(tmp_path: Path) -> None:
-    """An app that is initialized anew has new engines and is closed once; the old ones are disposed."""
+    """An app that is initialized anew has new engines, once, and the old ones are disposed."""
     url = f"sqlite:///{tmp_path}/a.db"
     app = Flask("again")
     app.config.update(SQLALCHEMY_DATABASE_URI=url, COMMONDB_REPLICAS=[url])

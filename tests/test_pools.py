@@ -1,11 +1,13 @@
-"""Connections: replicas that cannot write, commits that replicas cannot change, forks. I6, I7, I9."""
+"""Connections: replicas cannot write, nor change a commit; forks inherit none. I6, I7, I9."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
 import os
+import threading
 import typing as t
 
 import pytest
@@ -171,7 +173,7 @@ def test_a_replica_cannot_change_a_commit(mariadb_database: Database[MariaDBClus
     for number in range(UNITS):
         doomed = next(steps)
         try:
-            lab.run(lambda number=number, doomed=doomed: unit(f"unit {number}", doomed))
+            lab.run(functools.partial(unit, f"unit {number}", doomed))
             outcome = "reported"
         except sa.exc.DBAPIError:
             outcome = "raised"
@@ -201,8 +203,6 @@ def test_a_read_that_fails_in_flight(mariadb_database: Database[MariaDBCluster])
         (connection,) = lab.db.session().replica_connections.values()
         driver = t.cast(t.Any, connection.connection.driver_connection)
         server = next(s for s in database.cluster.replicas if s.port == driver.port)
-        import threading
-
         killer = threading.Timer(0.3, server.execute, [f"KILL {driver.thread_id()}"])
         killer.start()
         with pytest.raises(sa.exc.OperationalError, match="Lost connection"):
@@ -347,7 +347,7 @@ def test_listeners_of_the_user_run(mariadb_database: Database[MariaDBCluster]) -
 
 
 def test_replica_has_engine_options(mariadb_database: Database[MariaDBCluster]) -> None:
-    """A replica has the options of its bind, then its own; what connects to the primary it has not."""
+    """A replica has the options of its bind, then its own, but no way to the primary."""
     database = mariadb_database
     calls: list[bool] = []
 

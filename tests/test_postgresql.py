@@ -70,7 +70,7 @@ def test_a_write_in_a_get(lab: Lab, primary: int, standby: int) -> None:
 def test_what_a_standby_would_refuse(
     lab: Lab, primary: int, standby: int, statement: t.Callable[[Lab], t.Any]
 ) -> None:
-    """Locks, sequences, advisory locks and a CTE that writes go to the primary, without an error."""
+    """Locks, sequences, advisory locks and a writing CTE go to the primary, without an error."""
     with lab.request():
         assert lab.read() == standby
         lab.db.session.execute(statement(lab))

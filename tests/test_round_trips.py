@@ -46,16 +46,14 @@ class Wire:
 
 
 @pytest.fixture
-def wire(
-    mariadb_database: Database[MariaDBCluster], proxy: t.Callable[[int], Proxy]
-) -> t.Iterator[Wire]:
+def wire(mariadb_database: Database[MariaDBCluster], proxy: t.Callable[[int], Proxy]) -> Wire:
     can_say_who(mariadb_database)
     mariadb_database.execute(
         "CREATE TABLE post (id INT AUTO_INCREMENT PRIMARY KEY, title VARCHAR(50) NOT NULL)"
     )
     mariadb_database.sync()
     servers = mariadb_database.cluster.servers
-    yield Wire(mariadb_database, [proxy(server.port) for server in servers])
+    return Wire(mariadb_database, [proxy(server.port) for server in servers])
 
 
 def _insert(lab: Lab) -> None:

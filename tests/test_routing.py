@@ -327,7 +327,7 @@ def test_one_replica_down(lab: Lab, mariadb_database: Database[MariaDBCluster]) 
 
 
 def test_all_replicas_down(lab: Lab, mariadb_database: Database[MariaDBCluster]) -> None:
-    """With all replicas dead the primary answers, a signal says which are down, a route says why."""
+    """With all replicas dead the primary answers, signals say which are down, and why."""
     for _ in range(10):
         lab.run(lab.read)  # connections to both stand in the pools
     for replica in mariadb_database.cluster.replicas:
@@ -388,7 +388,7 @@ def test_a_replica_connection_killed_between_two_reads(
 def test_a_replica_that_dies_between_two_reads(
     lab: Lab, mariadb_database: Database[MariaDBCluster]
 ) -> None:
-    """When a unit's replica dies after it has been read, the primary goes on: time never runs back."""
+    """When a unit's replica dies after it has been read, the primary goes on: no step back."""
     with lab.request(), lab.routes() as routes:
         server = lab.read()
         mariadb_database.cluster.servers[server - 1].kill()
@@ -421,7 +421,7 @@ def test_recorded_queries_include_replicas(mariadb_database: Database[MariaDBClu
 def test_lazy_loads_and_refresh(lab: Lab) -> None:
     """An object read from a replica is refreshed and lazily loaded from the same replica."""
     with lab.request(), lab.routes() as routes:
-        post = lab.db.session.get(lab.Post, 1)
+        post = lab.db.session.get_one(lab.Post, 1)
         lab.db.session.expire(post)
         assert post.title == "first"
         lab.db.session.refresh(post)
@@ -433,7 +433,7 @@ def test_rollback_expires_what_a_replica_has_shown(
 ) -> None:
     """Commit and rollback expire objects that came from a replica, as they do without one."""
     with lab.request():
-        post = lab.db.session.get(lab.Post, 1)
+        post = lab.db.session.get_one(lab.Post, 1)
         mariadb_database.execute("UPDATE post SET title = 'changed'")
         mariadb_database.sync()
         assert post.title == "first"
