@@ -8,6 +8,7 @@ Must not: import anything of the package, or put a password or an SQL parameter 
 
 from __future__ import annotations
 
+import difflib
 import typing as t
 
 import sqlalchemy.exc as sa_exc
@@ -15,6 +16,10 @@ import sqlalchemy.exc as sa_exc
 
 class CommonDBError(Exception):
     """The base of every error that Flask-CommonDB itself raises."""
+
+    def __reduce__(self) -> tuple[t.Any, ...]:
+        # A job queue pickles errors, and would otherwise call the class with the finished text.
+        return _rebuild, (type(self), self.args, self.__dict__)
 
 
 class ConfigError(CommonDBError, sa_exc.ArgumentError, RuntimeError):
@@ -43,15 +48,49 @@ class NoContextError(CommonDBError, RuntimeError):
 
 
 class UnknownBindError(CommonDBError, sa_exc.UnboundExecutionError, KeyError):
-    """A bind key that the current app does not configure; the text names the known ones."""
+    """A bind key that the current app does not configure; the text names the known ones.
+
+    :param bind_key: the unknown key.
+    :param known: the keys that the app has.
+    """
+
+    def __init__(self, bind_key: t.Any, known: t.Collection[str | None]) -> None:
+        near = difflib.get_close_matches(str(bind_key), [key for key in known if key], n=1)
+        question = f" Did you mean {near[0]!r}?" if near else ""
+        super().__init__(
+            f"Bind key {bind_key!r} is not in 'SQLALCHEMY_BINDS' config.{question}"
+            f" The current app has: {', '.join(map(repr, known))}."
+        )
 
 
 class CrossBindError(CommonDBError, sa_exc.UnboundExecutionError):
-    """One statement names tables of several binds, and no single server holds them all."""
+    """One statement names tables of several binds, and no single server holds them all.
+
+    :param owners: for each bind key the name of one of its tables.
+    """
+
+    def __init__(self, owners: t.Mapping[str | None, str]) -> None:
+        tables = ", ".join(f"{table!r} (bind {key!r})" for key, table in owners.items())
+        super().__init__(
+            f"One statement names tables of several binds: {tables}. No server holds them all;"
+            " use one statement for each bind, or, if one server does hold them, pass"
+            " bind_arguments={'bind': db.engines[key]}."
+        )
 
 
 class WrongBindError(CommonDBError, sa_exc.UnboundExecutionError):
-    """``db.sessions[key]`` was given a statement or an object that another bind owns."""
+    """``db.sessions[key]`` was given a statement or an object that another bind owns.
+
+    :param bind_key: the session's own.
+    :param owner: the bind that owns the table.
+    :param table: the table's name.
+    """
+
+    def __init__(self, bind_key: str | None, owner: str | None, table: str) -> None:
+        super().__init__(
+            f"This session is for bind {bind_key!r}, but table {table!r} belongs to bind"
+            f" {owner!r}. Use db.sessions[{owner!r}], or db.session, which finds the bind itself."
+        )
 
 
 class PartialCommitError(CommonDBError, sa_exc.InvalidRequestError):
@@ -81,3 +120,11 @@ class PartialCommitError(CommonDBError, sa_exc.InvalidRequestError):
 
 class ProcedureNotSupported(CommonDBError, NotImplementedError):
     """Stored procedures cannot be called on this bind's server or with its driver."""
+
+
+def _rebuild(
+    error_class: type[CommonDBError], args: tuple[t.Any, ...], state: dict[str, t.Any]
+) -> CommonDBError:
+    error = error_class.__new__(error_class, *args)
+    error.__dict__.update(state)
+    return error

@@ -31,7 +31,7 @@ from .replicas import Replica
 from .routing import ALL_BINDS
 from .routing import Router
 from .routing import RoutingSession
-from .routing import Scope
+from .scopes import Scope
 from .sessions import ContextRegistry
 from .sessions import SessionProxy
 from .sessions import Sessions

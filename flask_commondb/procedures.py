@@ -13,7 +13,6 @@ import typing as t
 import weakref
 
 import sqlalchemy as sa
-from flask import current_app
 from sqlalchemy.engine.result import IteratorResult
 from sqlalchemy.engine.result import SimpleResultMetaData
 
@@ -92,13 +91,7 @@ def announced(name: str, bind_key: str | None) -> t.Iterator[None]:
         error = raised
         raise
     finally:
-        if signals.procedure_called.receivers:
-            signals.procedure_called.send(
-                current_app._get_current_object(),  # type: ignore[attr-defined]
-                bind_key=bind_key,
-                name=name,
-                error=error,
-            )
+        signals.send(signals.procedure_called, bind_key=bind_key, name=name, error=error)
 
 
 #: Parameters of the procedures that an engine has called.

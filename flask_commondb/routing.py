@@ -1,7 +1,7 @@
 """Where a statement goes: rules 1 to 8, in :meth:`RoutingSession.get_bind`.
 
-Owns: the scopes (``db.primary()``, ``db.replica()``), the role of a unit of work on each bind, the
-session class that routes, and the replica connections that a session holds.
+Owns: the role of a unit of work on each bind, the session class that routes, and the replica
+connections that a session holds.
 
 Must not: parse SQL text, hold a lock, or keep anything that outlives its session, context or scope.
 
@@ -21,19 +21,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import enum
-import functools
-import inspect
 import logging
-import types
 import typing as t
 import weakref
 
 import sqlalchemy as sa
 import sqlalchemy.orm as sa_orm
-from flask import current_app
-from flask import has_app_context
 from flask import has_request_context
 from flask import request
 from flask_sqlalchemy.session import Session as UpstreamSession
@@ -46,6 +40,7 @@ from .errors import WrongBindError
 from .replicas import PAUSE
 from .replicas import Replica
 from .replicas import ReplicaSet
+from .scopes import scope_role
 from .statements import Facts
 from .statements import Reader
 from .statements import mapper_owners
@@ -55,8 +50,6 @@ if t.TYPE_CHECKING:
     from .extension import CommonDB
 
 _logger = logging.getLogger("flask_commondb")
-
-_F = t.TypeVar("_F", bound=t.Callable[..., t.Any])
 
 #: The methods of a request that only reads.
 READ_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "QUERY"})
@@ -69,67 +62,6 @@ class AllBinds(enum.Enum):
 
 
 ALL_BINDS: t.Final = AllBinds.ALL_BINDS
-
-
-class Scope:
-    """Says where reads go, inside a ``with`` block or a decorated function.
-
-    Holds no state, so one object may be entered again, also in other threads: what is entered
-    stands on a stack that each thread, greenlet and task has for itself. Leaving takes away what
-    entering has put there, and nothing else.
-
-    :param db: whose binds.
-    :param role: ``"primary"`` or ``"replica"``.
-    :param bind_keys: the binds that it is about; none means all.
-    """
-
-    def __init__(self, db: CommonDB, role: str, bind_keys: t.Collection[str | None] = ()) -> None:
-        self._db = db
-        self.role = role
-        self.bind_keys = frozenset(bind_keys)
-
-    def __enter__(self) -> None:
-        if self.bind_keys and has_app_context():
-            for bind_key in self.bind_keys - self._db.engines.keys():
-                raise unknown_bind(bind_key, self._db.engines)
-        self._db.scopes.set((*self._db.scopes.get(), self))
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: types.TracebackType | None,
-    ) -> None:
-        # The innermost of its kind: a generator may be left after scopes entered later.
-        entered = list(reversed(self._db.scopes.get()))
-        with contextlib.suppress(ValueError):  # left in a context that it was never entered in
-            entered.remove(self)
-        self._db.scopes.set(tuple(reversed(entered)))
-
-    def __call__(self, function: _F) -> _F:
-        if inspect.iscoroutinefunction(function):
-
-            @functools.wraps(function)
-            async def wrapper(*args: t.Any, **kwargs: t.Any) -> t.Any:
-                with self:
-                    return await function(*args, **kwargs)
-
-        else:
-
-            @functools.wraps(function)
-            def wrapper(*args: t.Any, **kwargs: t.Any) -> t.Any:
-                with self:
-                    return function(*args, **kwargs)
-
-        return t.cast(_F, wrapper)
-
-
-def scope_role(db: CommonDB, bind_key: str | None) -> str | None:
-    """The role that the innermost scope about a bind gives to reads, ``None`` outside of any."""
-    for scope in reversed(db.scopes.get()):
-        if not scope.bind_keys or bind_key in scope.bind_keys:
-            return scope.role
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,7 +239,7 @@ class RoutingSession(UpstreamSession):
         if bind_key not in engines:
             if bind_key is None:  # no default bind, and nothing that says which
                 return super().get_bind(mapper=mapper, clause=clause, **kwargs)
-            raise unknown_bind(bind_key, engines)
+            raise UnknownBindError(bind_key, engines)
         if bind_key not in router.replica_sets:  # rule 3
             return engines[bind_key]
 
@@ -319,7 +251,7 @@ class RoutingSession(UpstreamSession):
                 return role.replica.engine
             role.pinned = reason = "replica_down"
         if clause is not None or self._flushing:
-            self._send_routed(bind_key, "primary", router.primaries[bind_key], reason)
+            _send_routed(bind_key, "primary", router.primaries[bind_key], reason)
         return engines[bind_key]
 
     def _owner(self, mapper: t.Any | None, facts: Facts | None) -> str | None:
@@ -335,11 +267,7 @@ class RoutingSession(UpstreamSession):
         if self.bind_key is ALL_BINDS:
             return None if owner is None else owner[0]
         if owner is not None and owner[0] != self.bind_key:
-            raise WrongBindError(
-                f"This session is for bind {self.bind_key!r}, but table {owners[owner[0]]!r}"
-                f" belongs to bind {owner[0]!r}. Use db.sessions[{owner[0]!r}], or db.session,"
-                " which finds the bind by itself."
-            )
+            raise WrongBindError(self.bind_key, owner[0], owners[owner[0]])
         return self.bind_key
 
     def _reason_for_primary(
@@ -391,12 +319,11 @@ class RoutingSession(UpstreamSession):
         if connection is None:
             primary = self._primary(replica.bind_key)
             name = self._db.router.primaries[replica.bind_key]
-            self._send_routed(replica.bind_key, "primary", name, "replica_down")
+            _send_routed(replica.bind_key, "primary", name, "replica_down")
             return super()._connection_for_bind(primary, execution_options, **kwargs)
-        if signals.routed.receivers:
-            name = self._db.router.replicas[connection.engine].name
-            reason = "read" if scope_role(self._db, replica.bind_key) is None else "scope"
-            self._send_routed(replica.bind_key, "replica", name, reason)
+        name = self._db.router.replicas[connection.engine].name
+        reason = "read" if scope_role(self._db, replica.bind_key) is None else "scope"
+        _send_routed(replica.bind_key, "replica", name, reason)
         if execution_options:
             connection = connection.execution_options(**execution_options)
         return connection
@@ -434,18 +361,8 @@ class RoutingSession(UpstreamSession):
     def _primary(self, bind_key: str | None) -> sa.Engine:
         engines = self._db.engines
         if bind_key not in engines:
-            raise unknown_bind(bind_key, engines)
+            raise UnknownBindError(bind_key, engines)
         return engines[bind_key]
-
-    def _send_routed(self, bind_key: str | None, role: str, server: str, reason: str) -> None:
-        if signals.routed.receivers:
-            signals.routed.send(
-                current_app._get_current_object(),  # type: ignore[attr-defined]
-                bind_key=bind_key,
-                role=role,
-                server=server,
-                reason=reason,
-            )
 
 
 @sa.event.listens_for(RoutingSession, "after_begin")
@@ -462,16 +379,6 @@ def _transaction_ended(session: RoutingSession, transaction: sa_orm.SessionTrans
         session.release_replica_connections()
 
 
-def unknown_bind(bind_key: t.Any, known: t.Collection[str | None]) -> UnknownBindError:
-    """The error for a bind key that the current app does not have."""
-    near = difflib.get_close_matches(str(bind_key), [key for key in known if key], n=1)
-    question = f" Did you mean {near[0]!r}?" if near else ""
-    return UnknownBindError(
-        f"Bind key {bind_key!r} is not in 'SQLALCHEMY_BINDS' config.{question}"
-        f" The current app has: {', '.join(map(repr, known))}."
-    )
-
-
 def _report_down(replica: Replica, error: sa.exc.DBAPIError) -> None:
     _logger.warning(
         "Replica %s of bind %r cannot be reached and is left alone for %g seconds: %s",
@@ -481,10 +388,8 @@ def _report_down(replica: Replica, error: sa.exc.DBAPIError) -> None:
         error.orig,
         extra={"bind_key": replica.bind_key, "server": replica.name},
     )
-    if signals.replica_down.receivers:
-        signals.replica_down.send(
-            current_app._get_current_object(),  # type: ignore[attr-defined]
-            bind_key=replica.bind_key,
-            server=replica.name,
-            error=error,
-        )
+    signals.send(signals.replica_down, bind_key=replica.bind_key, server=replica.name, error=error)
+
+
+def _send_routed(bind_key: str | None, role: str, server: str, reason: str) -> None:
+    signals.send(signals.routed, bind_key=bind_key, role=role, server=server, reason=reason)

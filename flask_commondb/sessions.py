@@ -16,7 +16,6 @@ import typing as t
 
 import sqlalchemy as sa
 import sqlalchemy.orm as sa_orm
-from flask import current_app
 from flask import g
 from flask import has_app_context
 from flask import has_request_context
@@ -27,12 +26,12 @@ from . import pools
 from . import signals
 from .errors import NoContextError
 from .errors import PartialCommitError
+from .errors import UnknownBindError
 from .procedures import ProcedureResult
 from .routing import ALL_BINDS
 from .routing import AllBinds
 from .routing import BindRole
 from .routing import RoutingSession
-from .routing import unknown_bind
 
 if t.TYPE_CHECKING:
     from .extension import CommonDB
@@ -141,7 +140,7 @@ class Sessions(t.Mapping["str | None", SessionProxy]):
 
     def __getitem__(self, bind_key: str | None) -> SessionProxy:
         if has_app_context() and bind_key not in self._db.engines:
-            raise unknown_bind(bind_key, self._db.engines)
+            raise UnknownBindError(bind_key, self._db.engines)
         proxy = self._proxies.get(bind_key)
         if proxy is None:
             registry = ContextRegistry(self._db, self._factory, bind_key)
@@ -316,7 +315,6 @@ def _commit(blocks: t.Mapping[_Key, _Block]) -> None:
 def _report(
     session: sa_orm.Session, engine: sa.Engine | None, endpoint: str | None, error: Exception
 ) -> None:
-    app = current_app._get_current_object()  # type: ignore[attr-defined]
     bind_key = _bind_key_of(session, engine)
     _logger.error(
         "A session of bind %r, used by endpoint %r, could not be closed; its connection was"
@@ -326,7 +324,7 @@ def _report(
         getattr(error, "orig", None) or type(error).__name__,
         extra={"bind_key": bind_key, "endpoint": endpoint},
     )
-    signals.session_close_failed.send(app, bind_key=bind_key, endpoint=endpoint, error=error)
+    signals.send(signals.session_close_failed, bind_key=bind_key, endpoint=endpoint, error=error)
 
 
 def _bind_key_of(session: sa_orm.Session, engine: sa.Engine | None) -> str | None:

@@ -1,14 +1,18 @@
 """The signals of Flask-CommonDB: what happens inside, for logs, metrics and the curious.
 
 Owns: the blinker signals. The sender is always the Flask app. A signal without a receiver costs
-one truth test, so a sender builds no arguments before it has looked.
+one truth test.
 
 Must not: import anything of the package.
 """
 
 from __future__ import annotations
 
+import typing as t
+
+from blinker import NamedSignal
 from blinker import Namespace
+from flask import current_app
 
 _signals = Namespace()
 
@@ -28,3 +32,12 @@ session_close_failed = _signals.signal("session-close-failed")
 #: A stored procedure was called. Sent with ``bind_key``, ``name`` and ``error`` (``None`` when it
 #: succeeded).
 procedure_called = _signals.signal("procedure-called")
+
+
+def send(signal: NamedSignal, **values: t.Any) -> None:
+    """Send a signal for the current app, if anyone listens.
+
+    :meta private:
+    """
+    if signal.receivers:
+        signal.send(current_app._get_current_object(), **values)  # type: ignore[attr-defined]

@@ -48,12 +48,7 @@ def single_owner(owners: t.Mapping[str | None, str]) -> tuple[str | None] | None
     :raises CrossBindError: if there are several.
     """
     if len(owners) > 1:
-        tables = ", ".join(f"{table!r} (bind {key!r})" for key, table in owners.items())
-        raise CrossBindError(
-            f"One statement names tables of several binds: {tables}. No server holds them all;"
-            " use one statement for each bind, or, if one server does hold them, pass"
-            " bind_arguments={'bind': db.engines[key]}."
-        )
+        raise CrossBindError(owners)
     for key in owners:
         return (key,)
     return None
