@@ -151,6 +151,17 @@ class CommonDB(SQLAlchemy):
         return Scope(self, "replica", bind_keys)
 
     @property
+    def replica_engines(self) -> t.Mapping[str | None, t.Sequence[sa.Engine]]:
+        """The engines of the current app's replicas, for each bind key that has any.
+
+        They stand beside :attr:`engines`: for instrumentation, and to dispose of them.
+        """
+        return {
+            bind_key: [replica.engine for replica in replicas.replicas]
+            for bind_key, replicas in self.router.replica_sets.items()
+        }
+
+    @property
     def router(self) -> Router:
         """What routing knows of the current app.
 

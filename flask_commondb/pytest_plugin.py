@@ -8,6 +8,7 @@ Must not: import at start-up what an app in production would not.
 
 from __future__ import annotations
 
+import itertools
 import typing as t
 
 import pytest
@@ -31,7 +32,6 @@ def db(app: Flask) -> t.Iterator[CommonDB]:
     yield extension
     with app.app_context():
         extension.drop_all()
-        for engine in extension.engines.values():
+        replicas = itertools.chain.from_iterable(extension.replica_engines.values())
+        for engine in (*extension.engines.values(), *replicas):
             engine.dispose()
-        for replica in extension.router.replicas.values():
-            replica.engine.dispose()

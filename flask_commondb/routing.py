@@ -124,6 +124,7 @@ class RoutingSession(UpstreamSession):
         self.joined_connections: weakref.WeakSet[sa.Connection] = weakref.WeakSet()
         #: The replica connections, by bind key.
         self.replica_connections: dict[str | None, sa.Connection] = {}
+        self._flushed: set[str | None] = set()
 
     def get_bind(
         self,
@@ -211,6 +212,11 @@ class RoutingSession(UpstreamSession):
         with pools.raw_cursor(connection, *args, **kwargs) as cursor:
             yield cursor
 
+    def flush(self, objects: t.Sequence[t.Any] | None = None) -> None:
+        """As in SQLAlchemy."""
+        self._flushed.clear()
+        super().flush(objects)
+
     def commit(self) -> None:
         """As in SQLAlchemy; when it raises it has already rolled back, the session is usable."""
         try:
@@ -250,9 +256,16 @@ class RoutingSession(UpstreamSession):
             if role.replica is not None:
                 return role.replica.engine
             role.pinned = reason = "replica_down"
-        if clause is not None or self._flushing:
+        if clause is not None or self._is_first_of_flush(bind_key):
             _send_routed(bind_key, "primary", router.primaries[bind_key], reason)
         return engines[bind_key]
+
+    def _is_first_of_flush(self, bind_key: str | None) -> bool:
+        """SQLAlchemy asks several times for each mapper in a flush; it is signalled once."""
+        if not self._flushing or bind_key in self._flushed:
+            return False
+        self._flushed.add(bind_key)
+        return True
 
     def _owner(self, mapper: t.Any | None, facts: Facts | None) -> str | None:
         """Rule 2.

@@ -16,9 +16,9 @@ from flask import current_app
 
 _signals = Namespace()
 
-#: A statement was given to a server. Sent for binds that have replicas, with ``bind_key``
-#: (``str | None``), ``role`` (``"primary"`` or ``"replica"``), ``server`` (``host:port``, or the
-#: file's name for SQLite) and ``reason`` (``str``, see :doc:`replicas`).
+#: A statement, or a whole flush, goes to a server. Sent for binds that have replicas, with
+#: ``bind_key`` (``str | None``), ``role`` (``"primary"`` or ``"replica"``), ``server``
+#: (``host:port``, or the file's name for SQLite) and ``reason`` (``str``, see :doc:`replicas`).
 routed = _signals.signal("routed")
 
 #: A replica could not be reached and is left alone for a while. Sent with ``bind_key``,

@@ -161,6 +161,18 @@ def test_two_extensions_from_one_dataclass_base() -> None:
         assert issubclass(db.Model, so.MappedAsDataclass)
 
 
+def test_replica_engines(tmp_path: Path) -> None:
+    """The engines of replicas are to be had by bind key, for the binds that have some."""
+    url = f"sqlite:///{tmp_path}/a.db"
+    app = Flask("engines")
+    app.config["SQLALCHEMY_BINDS"] = {"a": {"url": url, "replicas": [url, url]}, "b": url}
+    db = CommonDB(app)
+    with app.app_context():
+        assert db.replica_engines.keys() == {"a"}
+        assert len(db.replica_engines["a"]) == 2
+        assert not set(db.replica_engines["a"]) & set(db.engines.values())
+
+
 def test_repr(tmp_path: Path) -> None:
     """``repr(db)`` names the servers without user and password, also without a default bind."""
     app = Flask("repr")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 import logging
 import os
+import sqlite3
 import threading
 import typing as t
 
@@ -107,6 +109,20 @@ def test_sqlite_replica_cannot_write(tmp_path: Path) -> None:
                 lab.db.session.execute(sa.text(statement))
             lab.db.session.rollback()
             assert lab.titles() == ["kept"]
+    lab.dispose()
+
+
+def test_sqlite_locked_while_the_mode_is_set(tmp_path: Path) -> None:
+    """A worker that finds the file locked while it would set WAL mode goes on; the next sets it."""
+    url = f"sqlite:///{tmp_path}/app.db"
+    lab = Lab(url, [url], engine_options={"connect_args": {"timeout": 0.1}})
+    with contextlib.closing(sqlite3.connect(tmp_path / "app.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with lab.app.app_context(), lab.db.engine.connect():
+            pass
+    lab.dispose()
+    with lab.app.app_context():
+        assert lab.db.session.scalar(sa.text("PRAGMA journal_mode")) == "wal"
     lab.dispose()
 
 

@@ -418,6 +418,15 @@ def test_recorded_queries_include_replicas(mariadb_database: Database[MariaDBClu
     lab.dispose()
 
 
+def test_a_flush_is_signalled_once(lab: Lab) -> None:
+    """A flush is one route for each bind, however many rows and statements it has."""
+    with lab.request("POST"), lab.routes() as routes:
+        for _ in range(2):
+            lab.db.session.add_all([lab.Post(title="x"), lab.Post(title="y")])
+            lab.db.session.flush()
+    assert routes == [("primary", "write")] * 2
+
+
 def test_lazy_loads_and_refresh(lab: Lab) -> None:
     """An object read from a replica is refreshed and lazily loaded from the same replica."""
     with lab.request(), lab.routes() as routes:

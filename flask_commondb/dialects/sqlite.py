@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+
 import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
@@ -15,7 +17,13 @@ class SQLite(Generic):
         sa.event.listen(engine, "savepoint", _begin_first)
 
     def prepare_primary(self, dbapi_connection: DBAPIConnection) -> None:
-        _run(dbapi_connection, "PRAGMA journal_mode=WAL")
+        try:
+            _run(dbapi_connection, "PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            # The mode is the file's. Another process that is just setting it holds a lock that
+            # SQLite does not wait for; if that one fails, the next connection sets it.
+            if "locked" not in str(error):
+                raise
 
     def hold_read_only(self, dbapi_connection: DBAPIConnection) -> None:
         # Not "mode=ro" in the URL: that one cannot open a file that is still to be created.
