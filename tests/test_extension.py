@@ -61,21 +61,21 @@ def scenario(extension: type[SQLAlchemy], url: str, bind: str) -> tuple[Log, lis
                 log.append((f"{key}: {statement}", _[0]))
 
     with app.test_request_context():
-        db.session.add_all([User(name="kim", posts=[Post(), Post()]), Event()])
+        db.session.add_all([User(name="first", posts=[Post(), Post()]), Event()])
         db.session.commit()
     with app.test_request_context():
         user = db.session.scalars(sa.select(User)).one()
         seen.append((user.name, len(user.posts)))
         seen.append(db.session.get(Event, 1) is not None)
-        seen.append(db.session.query(Post).join(User).filter(User.name == "kim").count())
-        db.session.add(User(name="kim"))
+        seen.append(db.session.query(Post).join(User).filter(User.name == "first").count())
+        db.session.add(User(name="first"))
         with pytest.raises(sa.exc.IntegrityError):
             db.session.flush()
         db.session.rollback()
         user = db.session.scalars(sa.select(User)).one()
-        user.name = "lee"
+        user.name = "second"
         with db.session.begin_nested():
-            db.session.add(User(name="park"))
+            db.session.add(User(name="third"))
         db.session.execute(sa.update(Event).values(id=2))
         db.session.commit()
         db.session.refresh(user)
@@ -146,7 +146,7 @@ def test_dataclass_base() -> None:
     assert dict(vars(Base)) == before
     assert User(age=3).name == "nobody"  # possible with kw_only alone
     with pytest.raises(TypeError, match="positional"):
-        User("kim", 3)
+        User("first", 3)
     assert "age=3" not in repr(User(age=3))
 
 

@@ -55,23 +55,23 @@ def _insert_sample() -> None:
 
 
 _AUTHORS = {
-    "지우": "jiwoo",
-    "Maren": "maren",
-    "한별": "hanbyeol",
-    "Tomás": "tomas",
-    "sol": "sol",
+    "운영자": "operator",
+    "admin": "admin",
+    "개발팀": "developers",
+    "test": "test",
+    "guest": "guest",
 }
 
 _POSTS = (
     (
-        "지우",
+        "운영자",
         timedelta(minutes=12),
         "게시판이 열렸습니다 🎉",
         "설정한 것은 데이터베이스 주소 한 줄뿐인데 바로 돌아가네요.\n"
         "누구나 글을 쓸 수 있으니 가볍게 인사부터 남겨 주세요. 모두 반가워요!",
     ),
     (
-        "Maren",
+        "admin",
         timedelta(hours=1, minutes=5),
         "Look at the bottom of the page",
         "It names the server that has answered. Reading this list went to a replica; when you"
@@ -80,33 +80,33 @@ _POSTS = (
         " see the difference.",
     ),
     (
-        "한별",
+        "개발팀",
         timedelta(hours=3, minutes=40),
         "SQLite는 어디까지 쓸 수 있을까요?",
         "작은 서비스라면 파일 하나로도 충분했습니다. 읽기가 많아지는 날이 오면 주소만 MariaDB로"
         " 바꿔 볼 생각입니다. 코드는 그대로 두고요.",
     ),
     (
-        "Tomás",
+        "test",
         timedelta(hours=9),
         "All of a post, or nothing",
         "A new author and their first post are stored in one transaction. If the post cannot be"
         " saved there is no author without posts left behind, and nobody has to clean up.",
     ),
     (
-        "sol",
+        "guest",
         timedelta(days=1, hours=2),
         "이름은 빌려 쓸 수 없어요",
         "다른 사람의 이름을 적고 내 이메일을 넣어 봤더니 정중하게 거절당했습니다. 마음에 드네요 :)",
     ),
     (
-        "Maren",
+        "admin",
         timedelta(days=2, hours=6),
         "What does <b> do here?",
         "Nothing at all: what you type is shown as you have typed it. <em>Try it</em> & see.",
     ),
     (
-        "지우",
+        "운영자",
         timedelta(days=4),
         "점심 같이 드실 분?",
         "금요일 열두 시, 회사 앞 국숫집에서 만나요. 비가 오면 칼국수, 맑으면 냉면입니다.",

@@ -57,14 +57,14 @@ if t.TYPE_CHECKING:
 
 #: What someone new would send.
 NEW = {
-    "username": "소담",
-    "email": "sodam@example.org",
+    "username": "새손님",
+    "email": "newcomer@example.org",
     "title": "처음 뵙겠습니다",
     "content": "잘 부탁드려요 🙂\n\nSee you soon.",
 }
 
 #: One of the sample's authors.
-MAREN = {"username": "Maren", "email": "maren@example.org"}
+ADMIN = {"username": "admin", "email": "admin@example.org"}
 
 SAMPLE_TITLES = [title for _, _, title, _ in sample._POSTS]
 
@@ -96,11 +96,11 @@ def test_home_is_bounded_and_stable(app: Flask, backend: Backend, client: FlaskC
 
 def test_profile_shows_one_author(client: FlaskClient) -> None:
     """A profile has the author's own posts, newest first, and nobody's e-mail address."""
-    response = client.get("/user/지우")
+    response = client.get("/user/운영자")
     page = Page(response)
 
     assert response.status_code == 200
-    assert page.texts("h1") == ["지우"]
+    assert page.texts("h1") == ["운영자"]
     assert page.titles == ["게시판이 열렸습니다 🎉", "점심 같이 드실 분?"]
     assert "2 posts" in response.text
     assert "@" not in response.text
@@ -111,7 +111,7 @@ def test_profile_says_that_it_is_bounded(app: Flask, backend: Backend, client: F
     add_posts(app, 60)
     backend.sync()
 
-    response = client.get("/user/Maren")
+    response = client.get("/user/admin")
 
     assert len(Page(response).titles) == 50
     assert "62 posts, the newest 50 of them here" in response.text
@@ -119,10 +119,10 @@ def test_profile_says_that_it_is_bounded(app: Flask, backend: Backend, client: F
 
 def test_profile_is_found_in_every_spelling(client: FlaskClient) -> None:
     """A name in decomposed letters is the same name."""
-    name = unicodedata.normalize("NFD", "한별")
+    name = unicodedata.normalize("NFD", "개발팀")
 
     assert len(name) > 2
-    assert Page(client.get(f"/user/{name}")).texts("h1") == ["한별"]
+    assert Page(client.get(f"/user/{name}")).texts("h1") == ["개발팀"]
 
 
 def test_unknown_author_is_a_page(client: FlaskClient) -> None:
@@ -176,15 +176,15 @@ def test_known_author_is_found(backend: Backend, client: FlaskClient) -> None:
     """A name with its own e-mail address, in whatever case, gets another post and no double."""
     authors, _ = backend.stored()
 
-    response = client.post("/post/new", data={**NEW, **MAREN, "email": "Maren@Example.ORG "})
+    response = client.post("/post/new", data={**NEW, **ADMIN, "email": "Admin@Example.ORG "})
     backend.sync()
 
     assert response.status_code in (302, 303)
     assert backend.stored()[0] == authors
-    assert Page(client.get("/user/Maren")).titles[0] == NEW["title"]
+    assert Page(client.get("/user/admin")).titles[0] == NEW["title"]
 
 
-@pytest.mark.parametrize("change", [{"username": "Maren"}, {"email": "maren@example.org"}])
+@pytest.mark.parametrize("change", [{"username": "admin"}, {"email": "admin@example.org"}])
 def test_names_cannot_be_borrowed(
     backend: Backend, client: FlaskClient, change: dict[str, str]
 ) -> None:
@@ -203,12 +203,12 @@ def test_names_cannot_be_borrowed(
 
 def test_upper_and_lower_case_are_two_names(backend: Backend, client: FlaskClient) -> None:
     """Whether names differ does not depend on the database's collation."""
-    response = client.post("/post/new", data={**NEW, "username": "maren"})
+    response = client.post("/post/new", data={**NEW, "username": "Admin"})
     backend.sync()
 
     assert response.status_code in (302, 303)
-    assert Page(client.get("/user/maren")).titles == [NEW["title"]]
-    assert len(Page(client.get("/user/Maren")).titles) == 2
+    assert Page(client.get("/user/admin")).titles == [NEW["title"]]
+    assert len(Page(client.get("/user/admin")).titles) == 2
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_upper_and_lower_case_are_two_names(backend: Backend, client: FlaskClien
         ("username", "..", "Please choose a name without slashes or invisible characters."),
         (
             "username",
-            "Maren\N{RIGHT-TO-LEFT OVERRIDE}",
+            "admin\N{RIGHT-TO-LEFT OVERRIDE}",
             "Please choose a name without slashes or invisible characters.",
         ),
         ("email", "", "Please enter your e-mail address."),
@@ -374,7 +374,7 @@ def test_form_is_labelled(client: FlaskClient) -> None:
 
 def test_pages_need_nothing_from_elsewhere(client: FlaskClient) -> None:
     """A page says its language, has a skip link, no script, and one small stylesheet of its own."""
-    for path in ("/", "/user/Maren", "/post/new", "/nowhere"):
+    for path in ("/", "/user/admin", "/post/new", "/nowhere"):
         response = client.get(path)
         page = Page(response)
         assert page.attributes("html") == [{"lang": "en"}]
@@ -414,7 +414,7 @@ def test_get_is_answered_by_a_replica(
             assert {answer.role for answer in answers_of(response)} == {"replica"}
 
 
-@pytest.fixture(params=["/", "/user/Maren"])
+@pytest.fixture(params=["/", "/user/admin"])
 def path_of_page(request: pytest.FixtureRequest) -> str:
     """A page that reads."""
     return str(request.param)
@@ -468,7 +468,7 @@ def test_sqlite_reads_from_the_replica_and_writes_to_the_primary(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("path", "statements"), [("/", 1), ("/user/Maren", 3), ("/user/nobody", 1), ("/post/new", 0)]
+    ("path", "statements"), [("/", 1), ("/user/admin", 3), ("/user/nobody", 1), ("/post/new", 0)]
 )
 def test_footer_and_header_agree(client: FlaskClient, path: str, statements: int) -> None:
     """Footer and header say the same: role, server, reason and number of statements."""
@@ -488,7 +488,7 @@ def test_every_response_has_the_header(client: FlaskClient) -> None:
         assert response.headers["Server-Timing"].startswith('db;desc="')
 
 
-@pytest.mark.parametrize("page", ["/", "/user/Maren"])
+@pytest.mark.parametrize("page", ["/", "/user/admin"])
 def test_without_reachable_replicas_the_primary_answers(backend: Backend, page: str) -> None:
     """Replicas that were never there cost no page: the primary answers, and is named."""
     if backend.primary_url.startswith("sqlite"):
@@ -535,7 +535,7 @@ def test_board_without_replicas_says_so(backend: Backend) -> None:
     with running({"SQLALCHEMY_DATABASE_URI": backend.primary_url}) as app:
         client = app.test_client()
         listed = client.get("/")
-        profile = client.get("/user/Maren")
+        profile = client.get("/user/admin")
         form = client.get("/post/new")
 
     assert footer(listed) == "primary (no replicas), 1 statement"
@@ -565,7 +565,7 @@ def test_two_boards_count_for_themselves(tmp_path: Path) -> None:
         assert footer(first.test_client().get("/")) == "replica one.db (read), 1 statement"
 
 
-@pytest.mark.parametrize(("path", "expected"), [("/", 1), ("/user/Maren", 3)])
+@pytest.mark.parametrize(("path", "expected"), [("/", 1), ("/user/admin", 3)])
 def test_number_of_statements_is_constant(
     app: Flask, backend: Backend, client: FlaskClient, path: str, expected: int
 ) -> None:
@@ -843,9 +843,9 @@ def answers_in_header(response: TestResponse) -> list[Answer]:
 
 
 def add_posts(app: Flask, count: int, **values: t.Any) -> None:
-    """Let Maren post `post 1`, `post 2` and so on."""
+    """Let admin post `post 1`, `post 2` and so on."""
     with app.app_context(), db.transaction() as session:
-        author = session.scalars(sa.select(User).where(User.username == "Maren")).one()
+        author = session.scalars(sa.select(User).where(User.username == "admin")).one()
         for number in range(1, count + 1):
             session.add(Post(title=f"post {number}", content="…", author=author, **values))
             session.flush()  # so that the ids are in the order of the titles
