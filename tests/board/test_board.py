@@ -207,7 +207,7 @@ def test_upper_and_lower_case_are_two_names(backend: Backend, client: FlaskClien
     backend.sync()
 
     assert response.status_code in (302, 303)
-    assert Page(client.get("/user/admin")).titles == [NEW["title"]]
+    assert Page(client.get("/user/Admin")).titles == [NEW["title"]]
     assert len(Page(client.get("/user/admin")).titles) == 2
 
 
