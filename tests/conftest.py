@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import sqlite3
 import typing as t
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from .proxy import Proxy
 from .servers import ClusterT
@@ -42,6 +44,23 @@ def postgresql() -> c.Iterator[PostgreSQLCluster]:
     """A PostgreSQL primary with a standby, started when the first test asks for it."""
     with started(PostgreSQLCluster()) as cluster:
         yield cluster
+
+
+@pytest.fixture(autouse=True)
+def _sqlite_closed() -> c.Iterator[None]:
+    """Closes what a test has left in SQLite's pools: from Python 3.13 on that is a warning."""
+    opened: list[sqlite3.Connection] = []
+
+    def note(dbapi_connection: object, entry: object) -> None:
+        if isinstance(dbapi_connection, sqlite3.Connection):
+            opened.append(dbapi_connection)
+
+    sa.event.listen(sa.Pool, "connect", note)
+    yield
+    sa.event.remove(sa.Pool, "connect", note)
+    for connection in opened:
+        with contextlib.suppress(sqlite3.ProgrammingError):  # opened by a thread of the test's
+            connection.close()
 
 
 @pytest.fixture
