@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 import typing as t
 
 import sqlalchemy as sa
 
+from .dialects import FAMILIES
 from .errors import ConfigError
 
 #: ``COMMONDB_ROUTING``: by the request's method, or only inside explicit scopes.
@@ -75,16 +78,25 @@ def load(config: t.MutableMapping[str, t.Any], engine_options: t.Mapping[str, t.
 def server_name(url: sa.URL) -> str:
     """What a server is called in logs, signals and pages: no user, no password, no query."""
     if url.host:
-        return f"{url.host}:{url.port}" if url.port else url.host
+        host = url.host.rpartition("@")[2]  # of a password with an "@" that was not quoted
+        return f"{host}:{url.port}" if url.port else host
     return (url.database or ":memory:").rpartition("/")[2]
 
 
 _KNOWN = ("COMMONDB_REPLICAS", "COMMONDB_ROUTING", "COMMONDB_READ_FUNCTIONS")
 
-#: Beside ``url`` in the dict of a bind or of a replica, all else is for ``create_engine()``.
+#: Beside these, all in the dict of a replica is for ``create_engine()``.
 _REPLICA_KEYS = ("url", "weight")
 
-_Binds = dict["str | None", t.Any]
+
+class _Bind(t.NamedTuple):
+    """What is known of a bind: its family of servers, and the replicas named beside its URL."""
+
+    family: str | None
+    replicas: t.Any
+
+
+_Binds = dict["str | None", _Bind]
 
 
 def _unknown_keys(config: t.Mapping[str, t.Any], mistakes: list[str]) -> None:
@@ -99,8 +111,9 @@ def _binds(
     engine_options: t.Mapping[str, t.Any],
     mistakes: list[str],
 ) -> _Binds:
-    """The replicas named beside each bind's URL, by bind key; mistakes in URLs are noted."""
+    """The binds that are configured; mistakes in their URLs are noted."""
     found: _Binds = {}
+    known_before = len(mistakes)
     options = config.get("SQLALCHEMY_ENGINE_OPTIONS") or {}
     if not isinstance(options, t.Mapping):
         mistakes.append(_wrong_type("SQLALCHEMY_ENGINE_OPTIONS", options, "a dict"))
@@ -111,8 +124,8 @@ def _binds(
         merged = {**engine_options, **options}
         default, key = merged.get("url"), "SQLALCHEMY_ENGINE_OPTIONS['url']"
     if default is not None:
-        _url(key, default, mistakes)
-        found[None] = options.get("replicas", engine_options.get("replicas"))
+        replicas = options.get("replicas", engine_options.get("replicas"))
+        found[None] = _Bind(_family(_url(key, default, mistakes)), replicas)
 
     binds = config.get("SQLALCHEMY_BINDS") or {}
     if not isinstance(binds, t.Mapping):
@@ -123,17 +136,18 @@ def _binds(
         replicas = None
         if isinstance(value, t.Mapping):
             replicas = value.get("replicas")
-            url = value.get("url", engine_options.get("url"))
-            if url is None and not (bind_key is None and None in found):
-                mistakes.append(f"{key}: has no 'url', so there is no database to bind.")
-                found[bind_key] = None
-                continue
-            value = url
+            value = value.get("url", engine_options.get("url"))
+        default_bind = found.get(bind_key, _Bind(None, None))
         if value is not None:
-            _url(key, value, mistakes)
-        found[bind_key] = replicas if replicas is not None else found.get(bind_key)
+            family = _family(_url(key, value, mistakes))
+        elif bind_key is None and None in found:  # only options; the URL stands elsewhere
+            family = default_bind.family
+        else:
+            mistakes.append(f"{key}: has no 'url', so there is no database to bind.")
+            family = None
+        found[bind_key] = _Bind(family, default_bind.replicas if replicas is None else replicas)
 
-    if not found and not mistakes:
+    if not found and len(mistakes) == known_before:
         mistakes.append("Either 'SQLALCHEMY_DATABASE_URI' or 'SQLALCHEMY_BINDS' must be set.")
     return found
 
@@ -142,9 +156,9 @@ def _replicas(
     config: t.MutableMapping[str, t.Any], binds: _Binds, mistakes: list[str]
 ) -> dict[str | None, tuple[ReplicaConfig, ...]]:
     given: list[tuple[str, str | None, t.Any]] = [
-        (_beside(bind_key), bind_key, value)
-        for bind_key, value in binds.items()
-        if value is not None
+        (_beside(bind_key), bind_key, bind.replicas)
+        for bind_key, bind in binds.items()
+        if bind.replicas is not None
     ]
     setting = config.setdefault("COMMONDB_REPLICAS", None)
     if isinstance(setting, t.Mapping) and not setting.keys() & {*_REPLICA_KEYS}:
@@ -162,11 +176,14 @@ def _replicas(
         elif bind_key in found:
             mistakes.append(f"{key}: the replicas of bind {bind_key!r} are given twice.")
         else:
-            found[bind_key] = tuple(_bind_replicas(key, value, mistakes))
+            family = binds[bind_key].family
+            found[bind_key] = tuple(_bind_replicas(key, value, family, mistakes))
     return {bind_key: replicas for bind_key, replicas in found.items() if replicas}
 
 
-def _bind_replicas(key: str, value: t.Any, mistakes: list[str]) -> t.Iterator[ReplicaConfig]:
+def _bind_replicas(
+    key: str, value: t.Any, family: str | None, mistakes: list[str]
+) -> t.Iterator[ReplicaConfig]:
     if isinstance(value, (str, sa.URL, t.Mapping)):
         value = [value]
     if not isinstance(value, t.Sequence):
@@ -174,7 +191,12 @@ def _bind_replicas(key: str, value: t.Any, mistakes: list[str]) -> t.Iterator[Re
         return
     for index, entry in enumerate(value):
         replica = _replica(f"{key}[{index}]", entry, mistakes)
-        if replica is not None:
+        if replica is None:
+            continue
+        kind = _family(replica.url)
+        if family is not None and kind != family:
+            mistakes.append(f"{key}[{index}]: a {kind} server is no replica of a {family} server.")
+        else:
             yield replica
 
 
@@ -189,13 +211,30 @@ def _replica(key: str, entry: t.Any, mistakes: list[str]) -> ReplicaConfig | Non
             mistakes.append(f"{key}: a replica needs a 'url'{near}.")
             return None
         entry = entry["url"]
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
+    for name in options:
+        near = _nearest(name, _REPLICA_KEYS)
+        if near:
+            mistakes.append(f"{key}: {name!r} is no option of a replica{near}.")
+            return None
+    if "isolation_level" in options:
+        mistakes.append(
+            f"{key}: 'isolation_level' cannot be chosen: a replica's connections are always in"
+            " autocommit mode."
+        )
+        return None
+    if not _is_number(weight) or not 0 < weight < math.inf:
         mistakes.append(f"{key}: 'weight' must be a number above 0, not {weight!r}.")
         return None
     url = _url(key, entry, mistakes)
     if url is None:
         return None
-    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+    if url.get_backend_name() not in FAMILIES:
+        mistakes.append(
+            f"{key}: a {url.get_backend_name()} server cannot hold a connection read-only, so it"
+            f" cannot be a replica; those that can are {', '.join(FAMILIES)}."
+        )
+        return None
+    if url.get_backend_name() == "sqlite" and _is_in_memory(url):
         mistakes.append(
             f"{key}: an in-memory SQLite database is no replica, it is another, empty database."
             " Name the primary's file."
@@ -212,9 +251,9 @@ def _url(key: str, value: t.Any, mistakes: list[str]) -> sa.URL | None:
     try:
         url = sa.make_url(value)
     except (sa.exc.ArgumentError, ValueError):
-        # The text may hold a password anywhere, so only its scheme is shown.
-        scheme, found, _ = str(value).partition("://")
-        shown = f"{scheme}://…" if found else "the value"
+        # The text may hold a password anywhere, so no more is shown than what is a scheme.
+        scheme = re.match(r"[a-zA-Z][\w+]*(?=://)", str(value))
+        shown = f"{scheme[0]}://…" if scheme else "the value"
         mistakes.append(
             f"{key}: {shown} is not a database URL;"
             " it must look like 'dialect+driver://user:password@host:port/database'."
@@ -230,6 +269,9 @@ def _url(key: str, value: t.Any, mistakes: list[str]) -> sa.URL | None:
 
 
 _DRIVERS = (
+    "mysql",
+    "mariadb",
+    "postgresql",
     "mysql+pymysql",
     "mysql+mysqldb",
     "mariadb+pymysql",
@@ -237,6 +279,23 @@ _DRIVERS = (
     "postgresql+psycopg2",
     "sqlite",
 )
+
+
+def _family(url: sa.URL | None) -> str | None:
+    """The family of servers that a URL leads to; MariaDB's and MySQL's is one."""
+    if url is None:
+        return None
+    name = url.get_backend_name()
+    return "mysql" if name == "mariadb" else name
+
+
+def _is_in_memory(url: sa.URL) -> bool:
+    database = url.database or ":memory:"
+    return ":memory:" in database or url.query.get("mode") == "memory"
+
+
+def _is_number(value: t.Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _beside(bind_key: str | None) -> str:
@@ -254,5 +313,5 @@ def _wrong_type(key: str, value: t.Any, wanted: str) -> str:
 
 
 def _nearest(name: t.Any, known: t.Iterable[str]) -> str:
-    matches = difflib.get_close_matches(str(name), list(known), n=1)
+    matches = difflib.get_close_matches(str(name), list(map(str, known)), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""

@@ -55,7 +55,8 @@ class UnknownBindError(CommonDBError, sa_exc.UnboundExecutionError, KeyError):
     """
 
     def __init__(self, bind_key: t.Any, known: t.Collection[str | None]) -> None:
-        near = difflib.get_close_matches(str(bind_key), [key for key in known if key], n=1)
+        names = [str(key) for key in known if key is not None]
+        near = difflib.get_close_matches(str(bind_key), names, n=1)
         question = f" Did you mean {near[0]!r}?" if near else ""
         super().__init__(
             f"Bind key {bind_key!r} is not in 'SQLALCHEMY_BINDS' config.{question}"

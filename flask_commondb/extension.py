@@ -73,11 +73,8 @@ class CommonDB(SQLAlchemy):
         reader = Reader(settings.read_functions)
         self._configs[app] = settings
         self._routers[app] = Router(reader, by_method=settings.routing == "auto")
-        try:
+        with self._all_or_nothing(app):
             super().init_app(app)
-        except BaseException:
-            app.extensions.pop("sqlalchemy", None)
-            raise
         self._record_replica_queries(app)
         self._close_after_every_teardown(app)
 
@@ -85,7 +82,7 @@ class CommonDB(SQLAlchemy):
         """Commit when the block ends, roll back when it raises.
 
         Works although the session has been used before, nests as a savepoint, and leaves a usable
-        session whatever happens. Inside, reads come from the primary too.
+        session whatever happens. From its beginning on, the unit of work reads from the primary.
 
         :param bind_keys: without any, the block is about ``db.session``. With one, about
             ``db.sessions[key]``. With several, their sessions are flushed, then committed in the
@@ -104,8 +101,8 @@ class CommonDB(SQLAlchemy):
 
         For code that comes from ``pymysql.connect()``. The cursor is closed when the block ends;
         what it has done is committed or rolled back with the session. Errors are the driver's. As
-        its statements are not seen, the connection is the primary's; inside :meth:`replica` it is
-        the replica's, and the server refuses what writes.
+        its statements are not seen, the connection is the primary's; inside :meth:`replica`, in a
+        unit of work that may still read there, it is the replica's, which refuses what writes.
 
         :param bind_key: with a key the session is ``db.sessions[key]``, without it ``db.session``.
         :param args: with ``kwargs``, what the driver's own ``cursor()`` takes, a cursor class say.
@@ -122,7 +119,7 @@ class CommonDB(SQLAlchemy):
         :param name: ``procedure`` or ``schema.procedure``.
         :param args: the values of the IN and INOUT parameters, in order; OUT takes none.
         :param bind_key: with a key the session is ``db.sessions[key]``, without it ``db.session``.
-        :raises TypeError: if there are too few or too many arguments; nothing was sent.
+        :raises TypeError: if there are too few or too many arguments; the procedure was not called.
         :raises sqlalchemy.exc.DBAPIError: what the procedure or the server has raised. The
             transaction is still open, unless the server has ended it.
         :raises ProcedureNotSupported: on another server than MariaDB and MySQL, or with another
@@ -135,7 +132,7 @@ class CommonDB(SQLAlchemy):
         """Read from the primary: ``with db.primary():``, or ``@db.primary()`` on a view.
 
         :param bind_keys: the binds that it is about; without any, all.
-        :raises UnknownBindError: for a key that the current app does not configure, when entered.
+        :raises UnknownBindError: when entered in a context, for a key that the app does not have.
         """
         return Scope(self, "primary", bind_keys)
 
@@ -143,10 +140,10 @@ class CommonDB(SQLAlchemy):
         """Read from a replica, also outside a request and whatever the request's method.
 
         ``text()`` is taken at its word here; the replica itself refuses it if it writes. A unit of
-        work that has written goes on reading from the primary.
+        work that has written, or may have, goes on reading from the primary.
 
         :param bind_keys: the binds that it is about; without any, all.
-        :raises UnknownBindError: for a key that the current app does not configure, when entered.
+        :raises UnknownBindError: when entered in a context, for a key that the app does not have.
         """
         return Scope(self, "replica", bind_keys)
 
@@ -255,6 +252,21 @@ class CommonDB(SQLAlchemy):
         else:
             close_scoped(self.session)
             close_all(self)
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self, app: Flask) -> t.Iterator[None]:
+        """Take back what upstream has registered, if it raises before it is done."""
+        functions = list(app.teardown_appcontext_funcs)
+        processors = list(app.shell_context_processors)
+        try:
+            yield
+        except BaseException:
+            app.teardown_appcontext_funcs[:] = functions
+            app.shell_context_processors[:] = processors
+            app.extensions.pop("sqlalchemy", None)
+            self._app_engines.pop(app, None)
+            self._routers.pop(app, None)
+            raise
 
     def _close_after_every_teardown(self, app: Flask) -> None:
         """Close also when another extension's teardown raises, or uses a session after ours.

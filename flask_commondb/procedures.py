@@ -55,7 +55,7 @@ def call(connection: sa.Connection, name: str, args: t.Sequence[t.Any]) -> Proce
     :param name: ``procedure`` or ``schema.procedure``; a part that has a dot or a backquote in it
         stands in backquotes.
     :param args: for the IN and INOUT parameters, in order.
-    :raises TypeError: if there are too few or too many, before anything is sent.
+    :raises TypeError: if there are too few or too many; the procedure was not called.
     :raises ValueError: if the name is not one.
     :raises sqlalchemy.exc.DBAPIError: as the server says, also when it says so late.
     """

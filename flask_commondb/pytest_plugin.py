@@ -26,12 +26,17 @@ def db(app: Flask) -> t.Iterator[CommonDB]:
     The test pushes its own contexts, as the app's requests do:
     ``with app.app_context(): db.session.add(…)``.
     """
+    from flask import has_app_context
+
     extension: CommonDB = app.extensions["sqlalchemy"]
     with app.app_context():
-        extension.create_all()
+        bind_keys = list(extension.engines)
+        extension.create_all(bind_keys)
     yield extension
+    if has_app_context():  # pytest-flask's: what the test has left open there would hold locks
+        extension._teardown_session(None)
     with app.app_context():
-        extension.drop_all()
+        extension.drop_all(bind_keys)
         replicas = itertools.chain.from_iterable(extension.replica_engines.values())
         for engine in (*extension.engines.values(), *replicas):
             engine.dispose()

@@ -5,16 +5,16 @@ connections that a session holds.
 
 Must not: parse SQL text, hold a lock, or keep anything that outlives its session, context or scope.
 
-The rules, in the order in which they are asked:
+The rules:
 
 1. a bind given by the caller is theirs, untouched;
 2. the bind that owns the statement's tables; without any, the session's own, else the default;
 3. a bind without replicas has only its primary;
-4. a unit of work that has written stays on the primary;
-5. an enclosing scope says where;
-6. else the request's method: GET, HEAD, OPTIONS and QUERY read from a replica;
-7. on a replica, what is not provably a read moves the unit to the primary for the rest of its life;
-8. the replica is chosen once for each unit and bind; none to be reached: the primary.
+4. a unit of work that is pinned to the primary, by rule 7 or 8, stays there; no scope moves it;
+5. an enclosing scope says where reads go;
+6. else the request's method does: GET, HEAD, OPTIONS and QUERY read from a replica;
+7. what is not provably a read goes to the primary, wherever reads go, and pins the unit to it;
+8. the replica is chosen once for each unit and bind; with none to be reached, the unit is pinned.
 """
 
 from __future__ import annotations
@@ -194,8 +194,7 @@ class RoutingSession(UpstreamSession):
         bind_key = self._given_or_own(bind_key)
         if self.autoflush:
             self.flush()
-        if bind_key in self._db.router.replica_sets:
-            self.pin(bind_key, "procedure")
+        self._pin_and_tell(bind_key, "procedure")
         connection = super().connection({"bind": self._primary(bind_key)})
         with procedures.announced(name, bind_key):
             return procedures.call(connection, name, args)
@@ -237,7 +236,11 @@ class RoutingSession(UpstreamSession):
     ) -> sa.Engine | sa.Connection:
         engines = self._db.engines
         router = self._db.router
-        if len(engines) == 1 and None in engines and not router.replica_sets:
+        if (
+            len(engines) == len(self._db.metadatas) == 1
+            and not router.replica_sets
+            and self.bind_key in (ALL_BINDS, None)
+        ):  # only the default bind, and no model that could belong to another
             return super().get_bind(mapper=mapper, clause=clause, **kwargs)
 
         facts = None if clause is None else router.reader.facts(clause)
@@ -314,8 +317,16 @@ class RoutingSession(UpstreamSession):
             role.replica = role.replica or replicas.choose()
             if role.replica is not None:
                 return role.replica.engine
-        self.pin(bind_key, "connection")
+            role.pinned = "replica_down"
+        self._pin_and_tell(bind_key, "connection")
         return primary
+
+    def _pin_and_tell(self, bind_key: str | None, reason: str) -> None:
+        """For work that does not come through :meth:`get_bind`."""
+        if bind_key in self._db.router.replica_sets:
+            self.pin(bind_key, reason)
+            name = self._db.router.primaries[bind_key]
+            _send_routed(bind_key, "primary", name, self.role(bind_key).pinned or reason)
 
     def _connection_for_bind(
         self, engine: t.Any, execution_options: t.Any | None = None, **kwargs: t.Any

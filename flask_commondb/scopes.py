@@ -59,21 +59,70 @@ class Scope:
         self._db.scopes.set(tuple(reversed(entered)))
 
     def __call__(self, function: _F) -> _F:
+        wrapper: t.Callable[..., t.Any]
         if inspect.iscoroutinefunction(function):
 
-            @functools.wraps(function)
             async def wrapper(*args: t.Any, **kwargs: t.Any) -> t.Any:
                 with self:
                     return await function(*args, **kwargs)
 
+        elif inspect.isgeneratorfunction(function):
+
+            def wrapper(*args: t.Any, **kwargs: t.Any) -> t.Any:
+                return self._generate(function(*args, **kwargs))
+
+        elif inspect.isasyncgenfunction(function):
+
+            def wrapper(*args: t.Any, **kwargs: t.Any) -> t.Any:
+                return self._generate_async(function(*args, **kwargs))
+
         else:
 
-            @functools.wraps(function)
             def wrapper(*args: t.Any, **kwargs: t.Any) -> t.Any:
                 with self:
                     return function(*args, **kwargs)
 
-        return t.cast(_F, wrapper)
+        return t.cast(_F, functools.wraps(function)(wrapper))
+
+    def _generate(
+        self, generator: t.Generator[t.Any, t.Any, t.Any]
+    ) -> t.Generator[t.Any, t.Any, t.Any]:
+        """Run a generator in the scope, and what it yields to outside of it."""
+        resume: t.Callable[[], t.Any] = functools.partial(next, generator)
+        while True:
+            with self:
+                try:
+                    item = resume()
+                except StopIteration as stop:
+                    return stop.value
+            try:
+                resume = functools.partial(generator.send, (yield item))
+            except GeneratorExit:
+                with self:
+                    generator.close()
+                raise
+            except BaseException as error:
+                resume = functools.partial(generator.throw, error)
+
+    async def _generate_async(
+        self, generator: t.AsyncGenerator[t.Any, t.Any]
+    ) -> t.AsyncGenerator[t.Any, t.Any]:
+        """:meth:`_generate` for an asynchronous generator."""
+        resume: t.Callable[[], t.Any] = functools.partial(generator.asend, None)
+        while True:
+            with self:
+                try:
+                    item = await resume()
+                except StopAsyncIteration:
+                    return
+            try:
+                resume = functools.partial(generator.asend, (yield item))
+            except GeneratorExit:
+                with self:
+                    await generator.aclose()
+                raise
+            except BaseException as error:
+                resume = functools.partial(generator.athrow, error)
 
 
 def scope_role(db: CommonDB, bind_key: str | None) -> str | None:

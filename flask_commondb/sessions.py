@@ -158,7 +158,7 @@ class Sessions(t.Mapping["str | None", SessionProxy]):
 def transaction(sessions: t.Mapping[_Key, sa_orm.Session]) -> t.Iterator[None]:
     """Commit the sessions when the block ends, in order; roll all back when it raises.
 
-    While a block is open its sessions read from the primary. Inside another block, or a
+    From its beginning on, its sessions read from the primary. Inside another block, or a
     ``session.begin()``, a session's part is a savepoint.
 
     :raises PartialCommitError: if a commit fails after another has succeeded.

@@ -89,7 +89,7 @@ class Reader:
     def _walk(self, statement: sa.ClauseElement) -> Facts:
         owners: dict[str | None, str] = {}
         not_read: str | None = None
-        for element in visitors.iterate(statement):
+        for element in _elements(statement):
             _note_owner(element, owners)
             if not_read != "write":
                 not_read = self._not_read(element) or not_read
@@ -108,7 +108,9 @@ class Reader:
             return "unknown_sql"
         if isinstance(element, sa.Function):
             return None if self._reads(element) else "unknown_sql"
-        if getattr(element, "is_literal", False) and element.name != "*":
+        if getattr(element, "is_literal", False) and not _is_harmless(element.name):
+            return "unknown_sql"
+        if isinstance(element, sa.Values) and _has_sql(element._data):
             return "unknown_sql"
         if any(getattr(element, attribute, None) for attribute in _TEXT_ATTRIBUTES):
             return "unknown_sql"
@@ -137,15 +139,37 @@ def mapper_owners(mapper: t.Any) -> dict[str | None, str]:
     if isinstance(local_table, sa.Table):
         _note_owner(local_table, owners)
         return owners
-    for element in visitors.iterate(local_table):
+    for element in _elements(local_table):
         _note_owner(element, owners)
     return owners
+
+
+def _elements(statement: t.Any) -> t.Iterator[t.Any]:
+    """All elements of a statement's tree."""
+    elements: t.Iterator[t.Any] = visitors.iterate(statement)
+    for element in elements:
+        if isinstance(element, sa_orm.QueryableAttribute):  # a stand-in for its expression
+            yield from _elements(element.__clause_element__())
+        else:
+            yield element
 
 
 def _note_owner(element: t.Any, owners: dict[str | None, str]) -> None:
     table = element if isinstance(element, sa.Table) else getattr(element, "table", None)
     if isinstance(table, sa.Table) and "bind_key" in table.metadata.info:
         owners.setdefault(table.metadata.info["bind_key"], table.fullname)
+
+
+def _is_harmless(text: str) -> bool:
+    """Whether the text of a literal column is what SQLAlchemy writes for ``count()``, ``any()``."""
+    return text == "*" or text.isdigit()
+
+
+def _has_sql(data: t.Iterable[t.Iterable[t.Iterable[t.Any]]]) -> bool:
+    """Whether the rows of a VALUES, which are not in the tree, hold more than plain values."""
+    return any(
+        isinstance(value, sa.ClauseElement) for rows in data for row in rows for value in row
+    )
 
 
 @functools.cache
@@ -181,34 +205,35 @@ READ_ELEMENTS = frozenset(
 READ_FUNCTIONS = frozenset(
     """
     abs acos aggregate_strings any any_value array_agg array_length array_to_string ascii asin
-    atan atan2 avg bit_and bit_count bit_length bit_or bit_xor bool_and bool_or cardinality cbrt
-    ceil ceiling char char_length character_length charset coalesce concat concat_ws conv cos cot
-    count crc32 cube cume_dist curdate current_date current_time current_timestamp current_user
-    curtime database date date_add date_format date_part date_sub date_trunc datediff datetime
-    day dayname dayofmonth dayofweek dayofyear degrees dense_rank elt every exists exp extract
-    field find_in_set first_value floor format from_days from_unixtime generate_series glob
-    greatest group_concat grouping grouping_sets hex hour if ifnull iif inet_aton inet_ntoa initcap
-    instr isnull json_agg json_array json_array_elements json_array_length json_arrayagg
-    json_build_array json_build_object json_contains json_contains_path json_depth json_each
-    json_exists json_extract json_extract_path json_extract_path_text json_group_array
-    json_group_object json_keys json_length json_merge_patch json_object json_object_agg
-    json_objectagg json_overlaps json_quote json_search json_tree json_type json_unquote
-    json_valid json_value jsonb_agg jsonb_array_elements jsonb_array_length jsonb_build_array
-    jsonb_build_object jsonb_extract_path jsonb_extract_path_text jsonb_object_agg jsonb_typeof
-    julianday lag last_day last_value lcase lead least left length ln localtime localtimestamp
-    locate log log10 log2 lower lpad ltrim make_date make_time makedate maketime max md5
-    microsecond mid min minute mod mode month monthname nth_value ntile nullif oct octet_length
-    ord percent_rank percentile_cont percentile_disc period_add period_diff pi
-    plainto_tsquery position pow power printf quarter quote radians rand random rank regexp_instr
-    regexp_matches regexp_replace regexp_substr regr_slope repeat replace reverse right rollup
-    round row_number row_to_json rpad rtrim sec_to_time second session_user sha1 sha2 sha256 sign
-    similarity sin soundex space split_part sqrt std stddev stddev_pop stddev_samp str_to_date
-    strcmp strftime string_agg string_to_array strpos substr substring substring_index subtime
-    sum sysdate tan time time_format time_to_sec timediff timestamp timestampadd timestampdiff
+    atan atan2 avg bernoulli bit_and bit_count bit_length bit_or bit_xor bool_and bool_or
+    cardinality cbrt ceil ceiling char char_length character_length charset coalesce concat
+    concat_ws conv cos cot count crc32 cube cume_dist curdate current_date current_time
+    current_timestamp current_user curtime database date date_add date_format date_part date_sub
+    date_trunc datediff datetime day dayname dayofmonth dayofweek dayofyear degrees dense_rank
+    elt every exists exp extract field find_in_set first_value floor format from_days
+    from_unixtime generate_series glob greatest group_concat grouping grouping_sets hex hour if
+    ifnull iif inet_aton inet_ntoa initcap instr isnull json_agg json_array json_array_elements
+    json_array_length json_arrayagg json_build_array json_build_object json_contains
+    json_contains_path json_depth json_each json_exists json_extract json_extract_path
+    json_extract_path_text json_group_array json_group_object json_keys json_length
+    json_merge_patch json_object json_object_agg json_objectagg json_overlaps json_quote
+    json_search json_tree json_type json_unquote json_valid json_value jsonb_agg
+    jsonb_array_elements jsonb_array_length jsonb_build_array jsonb_build_object
+    jsonb_extract_path jsonb_extract_path_text jsonb_object_agg jsonb_typeof julianday lag
+    last_day last_value lcase lead least left length ln localtime localtimestamp locate log
+    log10 log2 lower lpad ltrim make_date make_time makedate maketime max md5 microsecond mid
+    min minute mod mode month monthname now nth_value ntile nullif oct octet_length ord
+    percent_rank percentile_cont percentile_disc period_add period_diff pi plainto_tsquery
+    position pow power printf quarter quote radians rand random rank regexp_instr regexp_matches
+    regexp_replace regexp_substr regr_slope repeat replace reverse right rollup round row_number
+    row_to_json rpad rtrim sec_to_time second session_user sha1 sha2 sha256 sign similarity sin
+    soundex space split_part sqrt std stddev stddev_pop stddev_samp str_to_date strcmp strftime
+    string_agg string_to_array strpos substr substring substring_index subtime sum sysdate
+    system tan time time_format time_to_sec timediff timestamp timestampadd timestampdiff
     to_char to_date to_days to_json to_jsonb to_number to_seconds to_timestamp to_tsquery
     to_tsvector total trim trunc truncate ts_headline ts_rank ts_rank_cd typeof ucase unhex
-    unicode unixepoch unix_timestamp unnest upper user utc_date utc_time utc_timestamp uuid
-    var_pop var_samp variance version websearch_to_tsquery week weekday weekofyear
-    width_bucket year yearweek
+    unicode unix_timestamp unixepoch unnest upper user utc_date utc_time utc_timestamp uuid
+    var_pop var_samp variance version websearch_to_tsquery week weekday weekofyear width_bucket
+    year yearweek
     """.split()
 )

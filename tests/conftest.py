@@ -11,6 +11,7 @@ import itertools
 import os
 import sqlite3
 import typing as t
+import weakref
 from pathlib import Path
 
 import pytest
@@ -46,21 +47,35 @@ def postgresql() -> c.Iterator[PostgreSQLCluster]:
         yield cluster
 
 
-@pytest.fixture(autouse=True)
-def _sqlite_closed() -> c.Iterator[None]:
-    """Closes what a test has left in SQLite's pools: from Python 3.13 on that is a warning."""
-    opened: list[sqlite3.Connection] = []
+@pytest.fixture(scope="session", autouse=True)
+def _sqlite_closed() -> c.Iterator[c.Callable[[], None]]:
+    """Keeps SQLite's connections from being collected: unclosed ones warn from Python 3.13 on."""
+    opened: list[tuple[sqlite3.Connection, weakref.ref[object]]] = []
 
     def note(dbapi_connection: object, entry: object) -> None:
         if isinstance(dbapi_connection, sqlite3.Connection):
-            opened.append(dbapi_connection)
+            opened.append((dbapi_connection, weakref.ref(entry)))
+
+    def close() -> None:
+        """Close those whose pool is gone."""
+        for connection, entry in opened[:]:
+            if entry() is None:
+                opened.remove((connection, entry))
+                with contextlib.suppress(sqlite3.ProgrammingError):  # opened by another thread
+                    connection.close()
 
     sa.event.listen(sa.Pool, "connect", note)
-    yield
+    yield close
     sa.event.remove(sa.Pool, "connect", note)
-    for connection in opened:
-        with contextlib.suppress(sqlite3.ProgrammingError):  # opened by a thread of the test's
+    for connection, _ in opened:
+        with contextlib.suppress(sqlite3.ProgrammingError):
             connection.close()
+
+
+@pytest.fixture(autouse=True)
+def _sqlite_closed_in_time(_sqlite_closed: c.Callable[[], None]) -> c.Iterator[None]:
+    yield
+    _sqlite_closed()
 
 
 @pytest.fixture

@@ -247,9 +247,9 @@ def test_replica_option_that_does_not_exist(tmp_path: Path) -> None:
 
     url = f"sqlite:///{tmp_path}/a.db"
     app = Flask("option")
-    app.config["SQLALCHEMY_BINDS"] = {"a": {"url": url, "replicas": [{"url": url, "wieght": 2}]}}
+    app.config["SQLALCHEMY_BINDS"] = {"a": {"url": url, "replicas": [{"url": url, "pool_siez": 2}]}}
     db = CommonDB()
-    with pytest.raises(ConfigError, match=r"Replica a\.db of bind 'a': .*'wieght'"):
+    with pytest.raises(ConfigError, match=r"Replica a\.db of bind 'a': .*'pool_siez'"):
         db.init_app(app)
     app.config["SQLALCHEMY_BINDS"] = {"a": url}
     db.init_app(app)
