@@ -55,7 +55,7 @@ def load(config: t.MutableMapping[str, t.Any], engine_options: t.Mapping[str, t.
     """
     mistakes: list[str] = []
     _unknown_keys(config, mistakes)
-    binds = _binds(config, engine_options, mistakes)
+    families, given = _binds(config, engine_options, mistakes)
     routing = config.setdefault("COMMONDB_ROUTING", "auto")
     if routing not in ROUTINGS:
         mistakes.append(
@@ -69,7 +69,7 @@ def load(config: t.MutableMapping[str, t.Any], engine_options: t.Mapping[str, t.
             f" not {type(functions).__name__}."
         )
         functions = ()
-    replicas = _replicas(config, binds, mistakes)
+    replicas = _replicas(config, families, given, mistakes)
     if mistakes:
         raise ConfigError(mistakes)
     return Config(replicas, routing, frozenset(name.lower() for name in functions))
@@ -89,14 +89,20 @@ _KNOWN = ("COMMONDB_REPLICAS", "COMMONDB_ROUTING", "COMMONDB_READ_FUNCTIONS")
 _REPLICA_KEYS = ("url", "weight")
 
 
-class _Bind(t.NamedTuple):
-    """What is known of a bind: its family of servers, and the replicas named beside its URL."""
+class _Given(t.NamedTuple):
+    """Replicas as they stand in the configuration.
 
-    family: str | None
-    replicas: t.Any
+    :param key: where they stand.
+    :param bind_key: whose they are.
+    """
+
+    key: str
+    bind_key: str | None
+    value: t.Any
 
 
-_Binds = dict["str | None", _Bind]
+#: For each bind that is configured its family of servers, ``None`` if its URL is a mistake.
+_Families = dict["str | None", "str | None"]
 
 
 def _unknown_keys(config: t.Mapping[str, t.Any], mistakes: list[str]) -> None:
@@ -110,22 +116,22 @@ def _binds(
     config: t.MutableMapping[str, t.Any],
     engine_options: t.Mapping[str, t.Any],
     mistakes: list[str],
-) -> _Binds:
-    """The binds that are configured; mistakes in their URLs are noted."""
-    found: _Binds = {}
+) -> tuple[_Families, list[_Given]]:
+    """The binds that are configured, and the replicas that stand beside their URLs."""
+    families: _Families = {}
+    given: list[_Given] = []
     known_before = len(mistakes)
     options = config.get("SQLALCHEMY_ENGINE_OPTIONS") or {}
     if not isinstance(options, t.Mapping):
         mistakes.append(_wrong_type("SQLALCHEMY_ENGINE_OPTIONS", options, "a dict"))
         options = {}
-    default = config.get("SQLALCHEMY_DATABASE_URI")
-    key = "SQLALCHEMY_DATABASE_URI"
+    options = {**engine_options, **options}
+    default, key = config.get("SQLALCHEMY_DATABASE_URI"), "SQLALCHEMY_DATABASE_URI"
     if default is None:
-        merged = {**engine_options, **options}
-        default, key = merged.get("url"), "SQLALCHEMY_ENGINE_OPTIONS['url']"
+        default, key = options.get("url"), "SQLALCHEMY_ENGINE_OPTIONS['url']"
     if default is not None:
-        replicas = options.get("replicas", engine_options.get("replicas"))
-        found[None] = _Bind(_family(_url(key, default, mistakes)), replicas)
+        families[None] = _family(_url(key, default, mistakes))
+        given.append(_Given("SQLALCHEMY_ENGINE_OPTIONS['replicas']", None, options.get("replicas")))
 
     binds = config.get("SQLALCHEMY_BINDS") or {}
     if not isinstance(binds, t.Mapping):
@@ -133,51 +139,47 @@ def _binds(
         binds = {}
     for bind_key, value in binds.items():
         key = f"SQLALCHEMY_BINDS[{bind_key!r}]"
-        replicas = None
+        only_options = bind_key is None and None in families and isinstance(value, t.Mapping)
         if isinstance(value, t.Mapping):
-            replicas = value.get("replicas")
+            given.append(_Given(f"{key}['replicas']", bind_key, value.get("replicas")))
             value = value.get("url", engine_options.get("url"))
-        default_bind = found.get(bind_key, _Bind(None, None))
         if value is not None:
-            family = _family(_url(key, value, mistakes))
-        elif bind_key is None and None in found:  # only options; the URL stands elsewhere
-            family = default_bind.family
-        else:
+            families[bind_key] = _family(_url(key, value, mistakes))
+        elif not only_options:
             mistakes.append(f"{key}: has no 'url', so there is no database to bind.")
-            family = None
-        found[bind_key] = _Bind(family, default_bind.replicas if replicas is None else replicas)
+            families[bind_key] = None
 
-    if not found and len(mistakes) == known_before:
+    if not families and len(mistakes) == known_before:
         mistakes.append("Either 'SQLALCHEMY_DATABASE_URI' or 'SQLALCHEMY_BINDS' must be set.")
-    return found
+    return families, [entry for entry in given if entry.value is not None]
 
 
 def _replicas(
-    config: t.MutableMapping[str, t.Any], binds: _Binds, mistakes: list[str]
+    config: t.MutableMapping[str, t.Any],
+    families: _Families,
+    given: list[_Given],
+    mistakes: list[str],
 ) -> dict[str | None, tuple[ReplicaConfig, ...]]:
-    given: list[tuple[str, str | None, t.Any]] = [
-        (_beside(bind_key), bind_key, bind.replicas)
-        for bind_key, bind in binds.items()
-        if bind.replicas is not None
-    ]
     setting = config.setdefault("COMMONDB_REPLICAS", None)
     if isinstance(setting, t.Mapping) and not setting.keys() & {*_REPLICA_KEYS}:
-        given += [(f"COMMONDB_REPLICAS[{key!r}]", key, value) for key, value in setting.items()]
+        given = [
+            *given,
+            *(_Given(f"COMMONDB_REPLICAS[{key!r}]", key, value) for key, value in setting.items()),
+        ]
     elif setting:
-        given.append(("COMMONDB_REPLICAS", None, setting))
+        given = [*given, _Given("COMMONDB_REPLICAS", None, setting)]
 
     found: dict[str | None, tuple[ReplicaConfig, ...]] = {}
     for key, bind_key, value in given:
-        if bind_key not in binds:
-            near = _nearest(bind_key, [known for known in binds if known is not None])
+        if bind_key not in families:
+            near = _nearest(bind_key, [known for known in families if known is not None])
             what = "no default bind" if bind_key is None else f"no bind {bind_key!r}"
-            known = ", ".join(map(repr, binds)) or "none"
+            known = ", ".join(map(repr, families)) or "none"
             mistakes.append(f"{key}: there is {what} for these replicas{near}; known are {known}.")
         elif bind_key in found:
             mistakes.append(f"{key}: the replicas of bind {bind_key!r} are given twice.")
         else:
-            family = binds[bind_key].family
-            found[bind_key] = tuple(_bind_replicas(key, value, family, mistakes))
+            found[bind_key] = tuple(_bind_replicas(key, value, families[bind_key], mistakes))
     return {bind_key: replicas for bind_key, replicas in found.items() if replicas}
 
 
@@ -296,12 +298,6 @@ def _is_in_memory(url: sa.URL) -> bool:
 
 def _is_number(value: t.Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _beside(bind_key: str | None) -> str:
-    if bind_key is None:
-        return "SQLALCHEMY_ENGINE_OPTIONS['replicas']"
-    return f"SQLALCHEMY_BINDS[{bind_key!r}]['replicas']"
 
 
 def _all_strings(value: t.Any) -> bool:

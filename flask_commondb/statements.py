@@ -73,7 +73,9 @@ class Reader:
         :param statement: anything that a session executes.
         """
         if not isinstance(statement, sa.ClauseElement):  # a Sequence, say
-            return Facts({}, "unknown_sql", False)
+            owners: dict[str | None, str] = {}
+            _note_owner(statement, owners)
+            return Facts(owners, "unknown_sql", False)
         # SQLAlchemy keeps the key on the statement and needs it itself when it executes it.
         cache_key = statement._generate_cache_key()
         if cache_key is None:
@@ -93,9 +95,11 @@ class Reader:
             _note_owner(element, owners)
             if not_read != "write":
                 not_read = self._not_read(element) or not_read
-        # DDL does not show its table as an element.
-        _note_owner(getattr(statement, "element", None), owners)
-        return Facts(owners, not_read, statement.__visit_name__ in _TEXT_STATEMENTS)
+        # DDL does not show its table as an element; select(…).from_statement() is what it wraps.
+        inner = getattr(statement, "element", None)
+        _note_owner(inner, owners)
+        names = {statement.__visit_name__, getattr(inner, "__visit_name__", None)}
+        return Facts(owners, not_read, not names.isdisjoint(_TEXT_STATEMENTS))
 
     def _not_read(self, element: t.Any) -> str | None:
         if isinstance(element, sa.UpdateBase):
@@ -110,12 +114,10 @@ class Reader:
             return None if self._reads(element) else "unknown_sql"
         if getattr(element, "is_literal", False) and not _is_harmless(element.name):
             return "unknown_sql"
-        if isinstance(element, sa.Values) and _has_sql(element._data):
-            return "unknown_sql"
         if any(getattr(element, attribute, None) for attribute in _TEXT_ATTRIBUTES):
             return "unknown_sql"
         operator = getattr(element, "operator", None)
-        if isinstance(operator, sa.sql.operators.custom_op) and ":=" in operator.opstring:
+        if isinstance(operator, sa.sql.operators.custom_op) and not _is_operator(operator.opstring):
             return "unknown_sql"
         return None
 
@@ -145,19 +147,35 @@ def mapper_owners(mapper: t.Any) -> dict[str | None, str]:
 
 
 def _elements(statement: t.Any) -> t.Iterator[t.Any]:
-    """All elements of a statement's tree."""
+    """All elements of a statement's tree, and those in rows of values, which are not in it."""
     elements: t.Iterator[t.Any] = visitors.iterate(statement)
     for element in elements:
         if isinstance(element, sa_orm.QueryableAttribute):  # a stand-in for its expression
             yield from _elements(element.__clause_element__())
-        else:
-            yield element
+            continue
+        yield element
+        for attribute in ("_data", "_multi_values"):
+            yield from _elements_in(getattr(element, attribute, ()))
+
+
+def _elements_in(values: t.Any) -> t.Iterator[t.Any]:
+    if isinstance(values, t.Mapping):
+        values = values.values()
+    if isinstance(values, sa.ClauseElement):
+        yield from _elements(values)
+    elif isinstance(values, t.Iterable) and not isinstance(values, (str, bytes)):
+        for value in values:
+            yield from _elements_in(value)
 
 
 def _note_owner(element: t.Any, owners: dict[str | None, str]) -> None:
-    table = element if isinstance(element, sa.Table) else getattr(element, "table", None)
-    if isinstance(table, sa.Table) and "bind_key" in table.metadata.info:
-        owners.setdefault(table.metadata.info["bind_key"], table.fullname)
+    """Note the bind of a table, or of a column's table, or of a sequence."""
+    item = getattr(element, "sequence", element)
+    if not isinstance(item, (sa.Table, sa.Sequence)):
+        item = getattr(element, "table", None)
+    metadata = getattr(item, "metadata", None)
+    if metadata is not None and "bind_key" in metadata.info:
+        owners.setdefault(metadata.info["bind_key"], getattr(item, "fullname", item.name))
 
 
 def _is_harmless(text: str) -> bool:
@@ -165,11 +183,11 @@ def _is_harmless(text: str) -> bool:
     return text == "*" or text.isdigit()
 
 
-def _has_sql(data: t.Iterable[t.Iterable[t.Iterable[t.Any]]]) -> bool:
-    """Whether the rows of a VALUES, which are not in the tree, hold more than plain values."""
-    return any(
-        isinstance(value, sa.ClauseElement) for rows in data for row in rows for value in row
-    )
+def _is_operator(text: str) -> bool:
+    """Whether the text of a custom operator is one, and assigns nothing."""
+    if text.upper() in _OPERATOR_WORDS:
+        return True
+    return ":=" not in text and not set(text) - set("!#%&*+-./:<=>?@^|~")
 
 
 @functools.cache
@@ -180,6 +198,9 @@ def _is_sqlalchemys(element_class: t.Hashable) -> bool:
         base.__module__.partition(".")[0] in ("sqlalchemy", "builtins", "typing") for base in bases
     )
 
+
+#: Custom operators that are words.
+_OPERATOR_WORDS = ("DIV", "GLOB", "ILIKE", "LIKE", "MATCH", "MOD", "REGEXP", "RLIKE", "XOR")
 
 #: Where a Select carries SQL text that is not an element of its tree.
 _TEXT_ATTRIBUTES = ("_prefixes", "_suffixes", "_hints", "_statement_hints")

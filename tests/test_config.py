@@ -267,6 +267,28 @@ SECRET = "sesame0penup"
             id="MariaDB replica of SQLite",
         ),
         pytest.param(
+            {**GOOD, "SQLALCHEMY_BINDS": {None: {"replicas": ["postgresql://h"]}}},
+            [
+                "SQLALCHEMY_BINDS[None]['replicas'][0]: a postgresql server is no replica of a"
+                " sqlite server."
+            ],
+            id="PostgreSQL replica of SQLite",
+        ),
+        pytest.param(
+            {
+                **GOOD,
+                "SQLALCHEMY_ENGINE_OPTIONS": {"replicas": [URI]},
+                "SQLALCHEMY_BINDS": {None: {"replicas": [URI]}},
+            },
+            ["SQLALCHEMY_BINDS[None]['replicas']: the replicas of bind None are given twice."],
+            id="replicas of the default bind twice",
+        ),
+        pytest.param(
+            {**GOOD, "SQLALCHEMY_BINDS": {None: None}},
+            ["SQLALCHEMY_BINDS[None]: has no 'url', so there is no database to bind."],
+            id="default bind that is None",
+        ),
+        pytest.param(
             {**GOOD, "SQLALCHEMY_BINDS": {"orders": URI}, "COMMONDB_REPLICAS": {"order": [URI]}},
             [
                 "COMMONDB_REPLICAS['order']: there is no bind 'order' for these replicas"

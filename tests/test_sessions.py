@@ -145,6 +145,30 @@ def test_a_proxy_may_be_kept(lab: Lab) -> None:
         assert orders.scalar(sa.text('SELECT item FROM "order"')) == "pen"
 
 
+def test_a_kept_proxy_of_an_unknown_bind(tmp_path: Path) -> None:
+    """A misspelt key that was taken outside of a context is found out when it is used."""
+    lab = Lab(f"sqlite:///{tmp_path}/a.db")
+    misspelt = lab.db.sessions["typo"]
+    with lab.app.app_context(), pytest.raises(UnknownBindError, match="'typo'"):
+        misspelt.execute(sa.text("SELECT 1"))
+    lab.dispose()
+
+
+@pytest.mark.parametrize("more", [{}, {"other": "sqlite://"}], ids=["one bind", "two binds"])
+def test_a_model_of_an_unknown_bind(tmp_path: Path, more: dict[str, str]) -> None:
+    """In an app without its bind a model goes nowhere, neither as ORM nor as Core."""
+    lab = Lab(f"sqlite:///{tmp_path}/a.db", config={"SQLALCHEMY_BINDS": more})
+
+    class Lost(lab.db.Model):  # type: ignore[name-defined, misc]
+        __bind_key__ = "lost"
+        id: so.Mapped[int] = so.mapped_column(primary_key=True)
+
+    for statement in (sa.select(Lost), sa.select(Lost.__table__), sa.insert(Lost)):
+        with lab.app.app_context(), pytest.raises(UnknownBindError, match="'lost'"):
+            lab.db.session.execute(t.cast(t.Any, statement))
+    lab.dispose()
+
+
 def test_two_apps_on_one_db(tmp_path: Path) -> None:
     """Each app has its own databases, sessions and roles, also with one context in the other."""
     db = CommonDB()

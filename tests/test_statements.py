@@ -421,10 +421,18 @@ def compile_shout(element: t.Any, compiler: t.Any, **kwargs: t.Any) -> str:
     return "get_lock('x', 1)"
 
 
+class Locking(db.Model):  # type: ignore[name-defined, misc]
+    """Has SQL text behind an attribute."""
+
+    id = so.mapped_column(sa.Integer, primary_key=True)
+    lock = so.column_property(sa.literal_column("get_lock('x', 1)", sa.Integer))
+
+
 own_table = OwnTable(
     "own", db.metadatas[None], sa.Column("id", sa.Integer), OwnColumn("special", sa.Integer)
 )
 node, leaf, plain = MAIN.Node, MAIN.Leaf, MAIN.table
+locking: t.Any = Locking
 
 #: What cannot write, lock, or see more than the snapshot.
 READS: dict[str, t.Callable[[], t.Any]] = {
@@ -574,6 +582,10 @@ NOT_READS: dict[str, dict[str, t.Callable[[], t.Any]]] = {
         ),
         "function in values": lambda: sa.select(
             sa.values(sa.column("x", sa.Integer), name="v").data([(sa.func.get_lock("x", 1),)])
+        ),
+        "text behind an attribute": lambda: sa.select(locking.lock),
+        "text behind a matched attribute": lambda: sa.select(
+            mysql.match(locking.lock, against="x")
         ),
         "text in a lambda": lambda: sa.lambda_stmt(lambda: sa.select(sa.text("1"))),
         "text in a Query": lambda: so.Query(node).filter(sa.text("1 = 1")).statement,
@@ -876,3 +888,49 @@ def test_any_select_of_two_binds(
         assert facts.owners.keys() == {None, "orders"}
         with pytest.raises(CrossBindError, match=r"\(bind 'orders'\)"):
             assert facts.owner is None
+
+
+@pytest.mark.parametrize("operator", ["REGEXP", "rlike", "DIV", "->>", "@>", "<=>", "%"])
+def test_operators(operator: str) -> None:
+    """A custom operator of signs, or one of the known words, reads."""
+    assert Reader().facts(sa.select(node.id.op(operator)(1))).not_read is None
+
+
+@pytest.mark.parametrize("operator", ["+ get_lock('x', 1) +", ":=", "; DELETE", "OVERLAPS", "(1)"])
+def test_no_operators(operator: str) -> None:
+    """A custom operator that is other SQL text is not provably a read."""
+    assert Reader().facts(sa.select(node.id.op(operator)(1))).not_read == "unknown_sql"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        sa.insert(node).values([{"name": sa.select(ORDERS.table.c.name).scalar_subquery()}]),
+        sa.select(
+            node,
+            sa.values(sa.column("x", sa.String), name="v").data(
+                [(sa.select(ORDERS.table.c.name).scalar_subquery(),)]
+            ),
+        ),
+    ],
+    ids=["insert", "select"],
+)
+def test_owners_in_rows_of_values(statement: t.Any) -> None:
+    """A table of another bind is found in the rows of VALUES, too."""
+    assert Reader().facts(statement).owners.keys() == {None, "orders"}
+
+
+def test_owner_of_a_sequence() -> None:
+    """A sequence belongs to the bind of its metadata, alone and in a select."""
+    sequence = sa.Sequence("numbers", metadata=db.metadatas["orders"])
+    for statement in (sequence, sa.select(sequence.next_value())):
+        assert Reader().facts(statement) == Facts({"orders": "numbers"}, "unknown_sql", False)
+    assert Reader().facts(sa.Sequence("free")) == Facts({}, "unknown_sql", False)
+
+
+def test_entities_from_text() -> None:
+    """``select(…).from_statement(text(…))`` is text: a replica scope takes it at its word."""
+    statement: t.Any = sa.select(node).from_statement(sa.text("SELECT * FROM main_node"))
+    assert Reader().facts(statement).is_text
+    statement = sa.select(node).from_statement(sa.select(plain))
+    assert not Reader().facts(statement).is_text
