@@ -207,7 +207,8 @@ class CommonDB(SQLAlchemy):
         self, bind_key: str | None, options: dict[str, t.Any], app: Flask
     ) -> sa.Engine:
         options = {name: value for name, value in options.items() if name != "replicas"}
-        replicas = self._configs[app].replicas.get(bind_key, ())
+        settings = self._configs.get(app)  # None when someone makes an engine by the way
+        replicas = settings.replicas.get(bind_key, ()) if settings else ()
         engine = super()._make_engine(bind_key, options, app)
         pools.prepare(engine, has_replicas=bool(replicas))
         if replicas:

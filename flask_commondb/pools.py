@@ -87,11 +87,13 @@ def close(connection: sa.Connection) -> Exception | None:
     """
     try:
         connection.close()
-    except Exception as error:
+    except BaseException as error:
         with contextlib.suppress(Exception):
             connection.invalidate(error)
         with contextlib.suppress(Exception):
             connection.close()
+        if not isinstance(error, Exception):
+            raise
         return error
     return None
 

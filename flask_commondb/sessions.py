@@ -196,14 +196,9 @@ def close_all(db: CommonDB) -> None:
         # The parent's connections: to close them here would be to talk on its sockets.
         _inherited.append(context)
         return
-    interrupt: BaseException | None = None
-    for session in context.sessions.values():
-        try:
-            close_session(session, context.endpoint)
-        except BaseException as error:  # a timeout or an exit must not keep the others open
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
+    with contextlib.ExitStack() as stack:  # a timeout or an exit must not keep the others open
+        for session in reversed(context.sessions.values()):
+            stack.callback(close_session, session, context.endpoint)
 
 
 def close_scoped(proxy: SessionProxy) -> None:
@@ -216,18 +211,12 @@ def close_scoped(proxy: SessionProxy) -> None:
 
 def close_session(session: sa_orm.Session, endpoint: str | None = None) -> None:
     """Close one session and give back its connections, whatever state they are in."""
-    if isinstance(session, RoutingSession):
-        session.release_replica_connections()
-        for connection in session.own_connections():
-            error = pools.close(connection)
-            if error is not None:
-                _report(session, connection.engine, endpoint, error)
-    try:
-        session.close()
-    except Exception as error:
-        _report(session, None, endpoint, error)
-        with contextlib.suppress(Exception):
-            session.invalidate()
+    with contextlib.ExitStack() as stack:  # all of it, in reverse order, whatever one part raises
+        stack.callback(_close_objects, session, endpoint)
+        if isinstance(session, RoutingSession):
+            for connection in reversed(session.own_connections()):
+                stack.callback(_close_connection, session, connection, endpoint)
+            stack.callback(session.release_replica_connections)
 
 
 #: The name under which everything stands on ``g``.
@@ -257,13 +246,31 @@ def _context_sessions(db: CommonDB) -> ContextSessions:
     return context
 
 
+def _close_connection(
+    session: RoutingSession, connection: sa.Connection, endpoint: str | None
+) -> None:
+    error = pools.close(connection)
+    if error is not None:
+        _report(session, connection.engine, endpoint, error)
+
+
+def _close_objects(session: sa_orm.Session, endpoint: str | None) -> None:
+    try:
+        session.close()
+    except Exception as error:
+        _report(session, None, endpoint, error)
+        with contextlib.suppress(Exception):
+            session.invalidate()
+
+
 class _Block:
     """One session's part of a transaction block: its transaction, or a savepoint in it."""
 
     def __init__(self, session: sa_orm.Session) -> None:
         self.session = session
         self._savepoint: sa_orm.SessionTransaction | None = None
-        self._outermost = False
+        #: Whether its commit is durable; that of a savepoint is not.
+        self.is_outermost = False
 
     def begin(self) -> None:
         if isinstance(self.session, RoutingSession):
@@ -274,7 +281,7 @@ class _Block:
             self._savepoint = self.session.begin_nested()
             self._savepoint.__enter__()
         else:
-            self.session.info[_BLOCK] = self._outermost = True
+            self.session.info[_BLOCK] = self.is_outermost = True
 
     def commit(self) -> None:
         if self._savepoint is None:
@@ -285,14 +292,14 @@ class _Block:
 
     def rollback(self, error: BaseException) -> None:
         with contextlib.suppress(Exception):  # the error that led here is the one to show
-            if self._outermost:
+            if self.is_outermost:
                 self.session.rollback()
             elif self._savepoint is not None:
                 savepoint, self._savepoint = self._savepoint, None
                 savepoint.__exit__(type(error), error, error.__traceback__)
 
     def end(self) -> None:
-        if self._outermost:
+        if self.is_outermost:
             self.session.info.pop(_BLOCK, None)
 
 
@@ -309,7 +316,8 @@ def _commit(blocks: t.Mapping[_Key, _Block]) -> None:
             if not committed or not isinstance(error, Exception):
                 raise
             raise PartialCommitError(committed, t.cast(t.Any, key), pending) from error
-        committed.append(key)
+        if block.is_outermost:
+            committed.append(key)
 
 
 def _report(

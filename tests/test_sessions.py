@@ -362,6 +362,22 @@ def test_partial_commit(lab: Lab) -> None:
         assert lab.db.session.scalars(sa.select(lab.Order)).all() == []  # type: ignore[attr-defined]
 
 
+def test_a_savepoint_is_not_durable(lab: Lab) -> None:
+    """Of blocks inside others nothing is said to be durable: the first error comes out."""
+
+    def refuse(connection: sa.Connection, name: str | None, context: object) -> None:
+        raise sa.exc.OperationalError("RELEASE", {}, sqlite3.OperationalError("disk full"))
+
+    with lab.app.app_context():
+        sa.event.listen(lab.db.engines["orders"], "release_savepoint", refuse)
+        with pytest.raises(sa.exc.OperationalError, match="disk full"):
+            with lab.db.transaction(None, "orders"), lab.db.transaction(None, "orders") as inner:
+                inner[0].add(lab.Post(title="x"))
+                inner[1].add(order(lab, "x"))
+        sa.event.remove(lab.db.engines["orders"], "release_savepoint", refuse)
+        assert lab.titles() == []
+
+
 def test_a_key_twice(lab: Lab) -> None:
     """A block over the same bind twice is a mistake."""
     with lab.app.app_context(), pytest.raises(ValueError, match="given twice"):
@@ -492,6 +508,24 @@ def test_an_interrupt_while_closing(lab: Lab) -> None:
         orders = t.cast(sa.QueuePool, lab.db.engines["orders"].pool)
         assert orders.checkedout() == 0
         assert lab.titles() == []
+
+
+def test_an_interrupt_in_a_session_of_several_binds(lab: Lab) -> None:
+    """An interrupt at one connection of a session leaves none of its others checked out."""
+
+    def interrupt(connection: object) -> None:
+        raise KeyboardInterrupt("now")
+
+    for engine in lab.engines:
+        with lab.app.app_context():
+            lab.titles()
+            lab.db.session.scalars(sa.select(lab.Order)).all()  # type: ignore[attr-defined]
+            assert lab.checked_out() == 2
+            vars(engine.dialect)["do_rollback"] = interrupt
+            with pytest.raises(KeyboardInterrupt, match="now"):
+                lab.db._teardown_session(None)
+            del vars(engine.dialect)["do_rollback"]
+        assert lab.checked_out() == 0
 
 
 def test_a_client_kept_open(lab: Lab) -> None:
