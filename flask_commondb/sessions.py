@@ -332,7 +332,12 @@ def _report(
         getattr(error, "orig", None) or type(error).__name__,
         extra={"bind_key": bind_key, "endpoint": endpoint},
     )
-    signals.send(signals.session_close_failed, bind_key=bind_key, endpoint=endpoint, error=error)
+    try:
+        signals.send(
+            signals.session_close_failed, bind_key=bind_key, endpoint=endpoint, error=error
+        )
+    except Exception:
+        _logger.exception("A receiver of the signal session-close-failed has raised.")
 
 
 def _bind_key_of(session: sa_orm.Session, engine: sa.Engine | None) -> str | None:

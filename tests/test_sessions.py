@@ -459,6 +459,26 @@ def test_close_that_raises(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
         assert lab.titles() == []
 
 
+def test_receiver_that_raises(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    """A receiver that raises keeps teardown from nothing, and is logged. (I5)"""
+
+    def refuse(connection: object) -> None:
+        raise sqlite3.OperationalError("gone")
+
+    def receiver(app: object, **_: object) -> None:
+        raise ZeroDivisionError("metrics")
+
+    with session_close_failed.connected_to(receiver), lab.app.app_context():
+        lab.titles()
+        lab.db.session.scalars(sa.select(lab.Order)).all()  # type: ignore[attr-defined]
+        for engine in lab.engines:
+            vars(engine.dialect)["do_rollback"] = refuse
+    for engine in lab.engines:
+        del vars(engine.dialect)["do_rollback"]
+    assert lab.checked_out() == 0
+    assert "metrics" in caplog.text
+
+
 def test_failing_close_hands_no_session_on(lab: Lab) -> None:
     """After 500 closes that fail, no later request has been given an earlier one's session."""
     client = lab.app.test_client()
