@@ -56,6 +56,14 @@ class CommonDB(SQLAlchemy):
     #: For each bind key a proxy for that bind's own session; ``None`` is the default bind.
     sessions: Sessions
 
+    #: The scopes that are entered, for each thread, greenlet and task.
+    #:
+    #: :meta private:
+    scopes: contextvars.ContextVar[tuple[Scope, ...]]
+
+    _configs: weakref.WeakKeyDictionary[Flask, config.Config]
+    _routers: weakref.WeakKeyDictionary[Flask, Router]
+
     def init_app(self, app: Flask) -> None:
         """Initialize an app, as in Flask-SQLAlchemy.
 
@@ -99,8 +107,9 @@ class CommonDB(SQLAlchemy):
     ) -> contextlib.AbstractContextManager[t.Any]:
         """A cursor of the database driver, on a session's connection and in its transaction.
 
-        For code that comes from ``pymysql.connect()``. The cursor is closed when the block ends;
-        what it has done is committed or rolled back with the session. Errors are the driver's. As
+        For code that comes from ``pymysql.connect()``. The cursor is closed when the block ends,
+        and when the session's transaction does: after a commit, open another. What it has done is
+        committed or rolled back with the session. Errors are the driver's. As
         its statements are not seen, the connection is the primary's; inside :meth:`replica`, in a
         unit of work that may still read there, it is the replica's, which refuses what writes.
 
@@ -176,21 +185,20 @@ class CommonDB(SQLAlchemy):
     def __repr__(self) -> str:
         if not has_app_context():
             return f"<{type(self).__name__}>"
-        names = [config.server_name(engine.url) for engine in self.engines.values()]
+        names = [config.server_name(engine.engine.url) for engine in self.engines.values()]
         return f"<{type(self).__name__} {', '.join(names)}>"
 
     def _make_scoped_session(self, options: dict[str, t.Any]) -> SessionProxy:
         """Upstream's constructor calls this first: our own attributes are made here, and the
         constructor with its signature stays upstream's."""
-        self._configs: weakref.WeakKeyDictionary[Flask, config.Config]
-        self._configs = weakref.WeakKeyDictionary()
-        self._routers: weakref.WeakKeyDictionary[Flask, Router] = weakref.WeakKeyDictionary()
-        self.scopes: contextvars.ContextVar[tuple[Scope, ...]]
-        self.scopes = contextvars.ContextVar("flask_commondb_scopes", default=())
         options = dict(options)
         scopefunc = options.pop("scopefunc", None)
         factory = self._make_session_factory(options)
-        self.sessions = Sessions(self, factory)
+        if "sessions" not in vars(self):  # test suites call it again, for a session of their own
+            self._configs = weakref.WeakKeyDictionary()
+            self._routers = weakref.WeakKeyDictionary()
+            self.scopes = contextvars.ContextVar("flask_commondb_scopes", default=())
+            self.sessions = Sessions(self, factory)
         if scopefunc is not None:
             return SessionProxy(factory, scopefunc=scopefunc)
         return SessionProxy(factory, ContextRegistry(self, factory))
@@ -248,11 +256,9 @@ class CommonDB(SQLAlchemy):
         return super()._make_declarative_base(_as_plain_class(model_class), *args, **kwargs)
 
     def _teardown_session(self, exc: BaseException | None) -> None:
-        if isinstance(self.session.registry, ContextRegistry):
-            close_all(self)
-        else:
+        if not isinstance(self.session.registry, ContextRegistry):
             close_scoped(self.session)
-            close_all(self)
+        close_all(self)
 
     @contextlib.contextmanager
     def _all_or_nothing(self, app: Flask) -> t.Iterator[None]:

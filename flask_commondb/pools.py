@@ -32,6 +32,7 @@ def prepare(engine: sa.Engine, *, has_replicas: bool = False) -> None:
     dialect = dialect_for(engine)
     dialect.install(engine)
     _discard_dead_connections(engine)
+    _discard_changed_connections(engine)
     _guarded.add(engine)
     if has_replicas:
 
@@ -51,15 +52,18 @@ def prepare_replica(engine: sa.Engine) -> None:
     prepare(engine)
     dialect = dialect_for(engine)
     engine.dialect.do_commit = engine.dialect.do_rollback = _nothing  # type: ignore[method-assign]
+    if not dialect.streams_in_autocommit:
+        engine.dialect.supports_server_side_cursors = False
 
     @sa.event.listens_for(engine, "connect")
     def connect(dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
         dialect.hold_read_only(dbapi_connection)
 
-    @sa.event.listens_for(engine, "checkin")
-    def checkin(dbapi_connection: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
-        # text("START TRANSACTION") in a replica scope would hand an old snapshot to the next user.
-        if dbapi_connection is not None and dialect.in_transaction(dbapi_connection):
+    @sa.event.listens_for(engine, "reset")
+    def reset(dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry, state: t.Any) -> None:
+        # text("START TRANSACTION") in a replica scope would hand an old snapshot to the next user,
+        # and a result that is still being read would go on reading the next user's socket.
+        if dialect.is_left_open(dbapi_connection):
             entry.invalidate()
 
 
@@ -85,13 +89,17 @@ def close(connection: sa.Connection) -> Exception | None:
 
     :returns: the error that closing has run into.
     """
+    valid = not connection.closed and not connection.invalidated
+    proxied = connection.connection if valid else None
     try:
         connection.close()
     except BaseException as error:
-        with contextlib.suppress(Exception):
-            connection.invalidate(error)
-        with contextlib.suppress(Exception):
-            connection.close()
+        for attempt in (connection.invalidate, connection.close):
+            with contextlib.suppress(Exception):
+                attempt()
+        if proxied is not None and proxied.is_valid:
+            with contextlib.suppress(Exception):
+                proxied.invalidate()
         if not isinstance(error, Exception):
             raise
         return error
@@ -102,23 +110,38 @@ def close(connection: sa.Connection) -> Exception | None:
 def raw_cursor(connection: sa.Connection, *args: t.Any, **kwargs: t.Any) -> t.Iterator[t.Any]:
     """A cursor of the driver; errors stay the driver's, but a lost connection is noticed.
 
+    It is closed when the transaction ends, before the connection goes back to the pool: what it
+    would do after that would be part of someone else's transaction.
+
     :param args: with ``kwargs``, what the driver's ``cursor()`` takes.
     """
     driver_error = connection.dialect.loaded_dbapi.Error
-    cursor = connection.connection.cursor(*args, **kwargs)
+    proxied = connection.connection
+    cursor = proxied.cursor(*args, **kwargs)
+
+    def close(*event: t.Any) -> None:
+        with contextlib.suppress(driver_error):
+            cursor.close()
+
+    if not connection.in_transaction():
+        connection.begin()  # so that its end is an event
+    for event in ("commit", "rollback"):
+        sa.event.listen(connection, event, close)
     try:
         try:
             yield cursor
         except BaseException:
-            with contextlib.suppress(driver_error):
-                cursor.close()
+            close()
             raise
         cursor.close()  # reads what is left of the results, and may find a late error
     except driver_error as error:
         # SQLAlchemy does not see what a raw cursor runs into.
-        if connection.dialect.is_disconnect(error, connection.connection, cursor):
+        if not connection.closed and connection.dialect.is_disconnect(error, proxied, cursor):
             connection.invalidate(error)
         raise
+    finally:
+        for event in ("commit", "rollback"):
+            sa.event.remove(connection, event, close)
 
 
 _guarded: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
@@ -133,6 +156,27 @@ def _discard_dead_connections(engine: sa.Engine) -> None:
     ) -> None:
         if dialect.is_dead(dbapi_connection):
             raise sa.exc.DisconnectionError("The server has closed this connection.")
+
+
+def _discard_changed_connections(engine: sa.Engine) -> None:
+    """A raw cursor or a procedure that switches autocommit must not do so for the next user."""
+    dialect = dialect_for(engine)
+
+    @sa.event.listens_for(engine, "connect")
+    def connect(dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+        entry.info[_AUTOCOMMIT] = dialect.is_autocommit(dbapi_connection)
+
+    @sa.event.listens_for(engine, "checkin")
+    def checkin(dbapi_connection: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+        # SQLAlchemy has undone its own changes by now.
+        if dbapi_connection is not None:
+            autocommit = dialect.is_autocommit(dbapi_connection)
+            if autocommit != entry.info.get(_AUTOCOMMIT, autocommit):
+                entry.invalidate()
+
+
+#: In a pool entry's ``info``: whether its connection was made in autocommit mode.
+_AUTOCOMMIT = "flask_commondb.autocommit"
 
 
 def _nothing(dbapi_connection: DBAPIConnection) -> None:

@@ -155,10 +155,20 @@ class RoutingSession(UpstreamSession):
         role.pinned = role.pinned or reason
 
     def pin_all(self, reason: str) -> None:
-        """:meth:`pin` this session's bind, or all binds that have replicas."""
+        """:meth:`pin` this session's bind, or all binds that have replicas.
+
+        What was read from a replica is expired, so that no change is computed from old values.
+        """
+        is_stale = False
         for bind_key in self._db.router.replica_sets:
             if self.bind_key in (ALL_BINDS, bind_key):
+                role = self.role(bind_key)
+                is_stale = is_stale or (role.has_read and role.pinned is None)
                 self.pin(bind_key, reason)
+        if is_stale:
+            for instance in self.identity_map.values():
+                if not self.is_modified(instance) and instance not in self.deleted:
+                    self.expire(instance)
 
     def own_connections(self) -> list[sa.Connection]:
         """The connections of the current transaction that this session has to give back."""
@@ -228,8 +238,12 @@ class RoutingSession(UpstreamSession):
     def release_replica_connections(self) -> None:
         """Give the replica connections back to their pools. No I/O, and raises no Exception."""
         while self.replica_connections:
-            _, connection = self.replica_connections.popitem()
-            pools.close(connection)
+            bind_key, connection = self.replica_connections.popitem()
+            error = pools.close(connection)
+            if error is not None:
+                _logger.warning(
+                    "A replica connection of bind %r was thrown away: %s", bind_key, error
+                )
 
     def _find_bind(
         self, mapper: t.Any | None, clause: t.Any | None, kwargs: dict[str, t.Any]
@@ -349,6 +363,11 @@ class RoutingSession(UpstreamSession):
         reason = "read" if scope_role(self._db, replica.bind_key) is None else "scope"
         _send_routed(replica.bind_key, "replica", name, reason)
         if execution_options:
+            if "isolation_level" in execution_options:
+                raise sa.exc.InvalidRequestError(
+                    "A replica's connections are always in autocommit mode; for an isolation level,"
+                    " read from the primary."
+                )
             connection = connection.execution_options(**execution_options)
         return connection
 

@@ -112,11 +112,20 @@ class SessionProxy(sa_orm.scoped_session[t.Any]):
             self.registry = registry  # type: ignore[assignment]
 
     def remove(self) -> None:
-        """Close the current session and forget it. It is forgotten even if closing raises."""
+        """Forget the current session and close it, as the end of its context does.
+
+        :raises sqlalchemy.exc.InvalidRequestError: inside :meth:`.CommonDB.transaction`, whose
+            session it is.
+        """
         if self.registry.has():
             session = self.registry()
+            if session.info.get(_BLOCK):
+                raise sa.exc.InvalidRequestError(
+                    "remove() inside db.transaction(): what follows would be lost, as the block"
+                    " commits the session that it began with. Call it after the block."
+                )
             self.registry.clear()
-            session.close()
+            close_session(session)
 
     def callproc(self, name: str, *args: t.Any, **kwargs: t.Any) -> ProcedureResult:
         """See :meth:`.CommonDB.callproc`."""
@@ -203,7 +212,12 @@ def close_all(db: CommonDB) -> None:
 
 def close_scoped(proxy: SessionProxy) -> None:
     """End the session of a scope function that the user has given; as :func:`close_all`."""
-    if proxy.registry.has():
+    try:
+        has_session = proxy.registry.has()
+    except Exception:  # it is the user's, and may want a request
+        _logger.exception("The session's scope function has raised at the end of a context.")
+        return
+    if has_session:
         session = proxy.registry()
         proxy.registry.clear()
         close_session(session)
@@ -224,6 +238,9 @@ _NAME = "_commondb"
 
 #: In ``session.info``: a transaction block has the session's transaction open.
 _BLOCK = "flask_commondb.transaction"
+
+#: In ``session.info``: a savepoint of the block could not be rolled back.
+_BROKEN = "flask_commondb.broken"
 
 #: Kept, because being collected would close them.
 _inherited: list[ContextSessions] = []
@@ -277,30 +294,41 @@ class _Block:
             self.session.pin_all("transaction")
         current = self.session.get_transaction()
         begun = current is not None and current.origin is SessionTransactionOrigin.BEGIN
-        if begun or self.session.info.get(_BLOCK):
+        if begun or self.session.in_nested_transaction() or self.session.info.get(_BLOCK):
             self._savepoint = self.session.begin_nested()
             self._savepoint.__enter__()
         else:
+            if current is None and not self.session.autobegin:
+                self.session.begin()
             self.session.info[_BLOCK] = self.is_outermost = True
 
     def commit(self) -> None:
         if self._savepoint is None:
+            if self.session.info.pop(_BROKEN, False):
+                raise sa.exc.InvalidRequestError(
+                    "The transaction had ended before a savepoint in it was rolled back: something"
+                    " has committed or rolled back underneath. Nothing more is committed."
+                )
             self.session.commit()
         else:
             savepoint, self._savepoint = self._savepoint, None
             savepoint.__exit__(None, None, None)
 
     def rollback(self, error: BaseException) -> None:
-        with contextlib.suppress(Exception):  # the error that led here is the one to show
+        try:  # the error that led here is the one to show
             if self.is_outermost:
                 self.session.rollback()
             elif self._savepoint is not None:
                 savepoint, self._savepoint = self._savepoint, None
                 savepoint.__exit__(type(error), error, error.__traceback__)
+        except Exception:
+            if not self.is_outermost:
+                self.session.info[_BROKEN] = True
 
     def end(self) -> None:
         if self.is_outermost:
             self.session.info.pop(_BLOCK, None)
+            self.session.info.pop(_BROKEN, None)
 
 
 def _commit(blocks: t.Mapping[_Key, _Block]) -> None:
@@ -332,12 +360,7 @@ def _report(
         getattr(error, "orig", None) or type(error).__name__,
         extra={"bind_key": bind_key, "endpoint": endpoint},
     )
-    try:
-        signals.send(
-            signals.session_close_failed, bind_key=bind_key, endpoint=endpoint, error=error
-        )
-    except Exception:
-        _logger.exception("A receiver of the signal session-close-failed has raised.")
+    signals.send(signals.session_close_failed, bind_key=bind_key, endpoint=endpoint, error=error)
 
 
 def _bind_key_of(session: sa_orm.Session, engine: sa.Engine | None) -> str | None:

@@ -8,11 +8,14 @@ Must not: import anything of the package.
 
 from __future__ import annotations
 
+import logging
 import typing as t
 
 from blinker import NamedSignal
 from blinker import Namespace
 from flask import current_app
+
+_logger = logging.getLogger("flask_commondb")
 
 _signals = Namespace()
 
@@ -37,7 +40,12 @@ procedure_called = _signals.signal("procedure-called")
 def send(signal: NamedSignal, **values: t.Any) -> None:
     """Send a signal for the current app, if anyone listens.
 
+    A receiver that raises is logged, and changes nothing for the request.
+
     :meta private:
     """
     if signal.receivers:
-        signal.send(current_app._get_current_object(), **values)  # type: ignore[attr-defined]
+        try:
+            signal.send(current_app._get_current_object(), **values)  # type: ignore[attr-defined]
+        except Exception:
+            _logger.exception("A receiver of the signal %r has raised.", signal.name)

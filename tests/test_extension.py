@@ -183,6 +183,31 @@ def test_repr(tmp_path: Path) -> None:
         assert repr(db) == "<CommonDB a.db>"
 
 
+def test_connection_in_the_place_of_an_engine(tmp_path: Path) -> None:
+    """The recipe of test suites works: an outer transaction, and a session bound to it."""
+    app = Flask("recipe")
+    app.config["SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{tmp_path}/a.db"
+    db = CommonDB(app)
+    with app.app_context():
+        sessions = db.sessions
+        engine = db.engine
+        connection = engine.connect()
+        outer = connection.begin()
+        t.cast(t.Any, db.engines)[None] = connection
+        options = {"bind": connection, "join_transaction_mode": "create_savepoint"}
+        db.session = db._make_scoped_session(options)
+        assert repr(db) == "<CommonDB a.db>"
+        assert db.sessions is sessions
+        db.session.execute(sa.text("CREATE TABLE made (id INTEGER)"))
+        db.session.commit()
+        assert db.session.execute(sa.text("SELECT * FROM made")).all() == []
+        db.session.remove()
+        outer.rollback()
+        connection.close()
+        with engine.connect() as fresh:
+            assert not sa.inspect(fresh).has_table("made")
+
+
 def test_init_app_again(tmp_path: Path) -> None:
     """An app that is initialized anew has new engines, once, and the old ones are disposed."""
     url = f"sqlite:///{tmp_path}/a.db"

@@ -232,6 +232,104 @@ def test_a_read_that_fails_in_flight(mariadb_database: Database[MariaDBCluster])
     lab.dispose()
 
 
+# What a user leaves behind ---------------------------------------------------------------------
+
+
+def _small(database: Database[MariaDBCluster], replicas: t.Sequence[str] = ()) -> Lab:
+    """An app whose pools have one connection each."""
+    lab = Lab(database.primary_url, replicas, engine_options={"pool_size": 1, "max_overflow": 0})
+    with lab.app.app_context():
+        lab.db.create_all()
+    database.sync()
+    return lab
+
+
+@pytest.mark.parametrize("way", ["text", "driver"])
+def test_autocommit_switched_on_the_primary(
+    mariadb_database: Database[MariaDBCluster], way: str
+) -> None:
+    """A connection that was switched to autocommit is not the next user's: his rollback counts."""
+    lab = _small(mariadb_database)
+    with lab.request("POST"):
+        if way == "text":
+            lab.db.session.execute(sa.text("SET autocommit = 1"))
+        else:
+            with lab.db.cursor() as cursor:
+                cursor.connection.autocommit(True)
+    with lab.request("POST"):
+        lab.db.session.add(lab.Post(title="rolled back"))
+        lab.db.session.flush()
+        lab.db.session.rollback()
+    assert mariadb_database.execute("SELECT * FROM post") == []
+    lab.dispose()
+
+
+def test_autocommit_of_sqlalchemy_is_kept(mariadb_database: Database[MariaDBCluster]) -> None:
+    """SQLAlchemy's own switch is undone by itself, and costs no connection."""
+    lab = _small(mariadb_database)
+    connections = set()
+    for _ in range(3):
+        with lab.app.app_context():
+            engine = lab.db.engine.execution_options(isolation_level="AUTOCOMMIT")
+            with engine.connect() as connection:
+                connections.add(connection.scalar(sa.text("SELECT CONNECTION_ID()")))
+    assert len(connections) == 1
+    lab.dispose()
+
+
+@pytest.mark.parametrize("way", ["text", "driver"])
+def test_autocommit_switched_off_on_a_replica(
+    mariadb_database: Database[MariaDBCluster], way: str
+) -> None:
+    """A replica connection that was taken out of autocommit keeps no snapshot for the next user."""
+    lab = _small(mariadb_database, mariadb_database.replica_urls[:1])
+    with lab.request(), lab.db.replica():
+        if way == "text":
+            lab.db.session.execute(sa.text("SET autocommit = 0"))
+            assert lab.titles() == []
+        else:
+            with lab.db.cursor() as cursor:
+                cursor.connection.autocommit(False)
+                cursor.execute("SELECT * FROM post")
+    mariadb_database.execute("INSERT INTO post VALUES (1, 'new')")
+    mariadb_database.sync()
+    assert lab.run(lab.titles) == ["new"]
+    lab.dispose()
+
+
+def test_result_still_being_read_from_a_replica(
+    mariadb_database: Database[MariaDBCluster],
+) -> None:
+    """An unbuffered result that outlives its unit does not go on reading a pooled connection."""
+    lab = _small(mariadb_database, mariadb_database.replica_urls[:1])
+    mariadb_database.execute("INSERT INTO post SELECT seq, 'x' FROM seq_1_to_20000")
+    mariadb_database.sync()
+    with lab.request():
+        statement = sa.select(lab.Post.id).execution_options(yield_per=5)
+        rows = iter(lab.db.session.execute(statement))
+        next(rows)
+        (connection,) = lab.db.session().replica_connections.values()
+        driver = t.cast(t.Any, connection.connection.driver_connection)
+        lab.db.session.commit()
+        assert not driver.open
+        assert lab.checked_out() == 0
+    assert lab.run(lambda: len(lab.titles())) == 20000
+    del rows
+    lab.dispose()
+
+
+def test_isolation_level_of_a_replica(mariadb_database: Database[MariaDBCluster]) -> None:
+    """An isolation level cannot be had on a replica, and the attempt leaks nothing."""
+    lab = _small(mariadb_database, mariadb_database.replica_urls[:1])
+    options = {"isolation_level": "REPEATABLE READ"}
+    for _ in range(3):
+        with lab.request(), lab.db.replica():
+            with pytest.raises(sa.exc.InvalidRequestError, match="autocommit"):
+                lab.db.session.connection(execution_options=options)
+        assert lab.checked_out() == 0
+    lab.dispose()
+
+
 # Liveness -------------------------------------------------------------------------------------
 
 

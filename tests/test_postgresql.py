@@ -99,6 +99,24 @@ def test_transaction_left_open_on_the_standby(
     assert lab.run(lab.titles) == ["changed"]
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_rows_in_portions(lab: Lab, method: str) -> None:
+    """``yield_per`` works on the standby, which has no transaction, as it does on the primary."""
+    with lab.request(method):
+        statement = sa.select(lab.Post.title).execution_options(yield_per=1)
+        assert list(lab.db.session.scalars(statement)) == ["first"]
+
+
+def test_changed_by_a_raw_cursor(lab: Lab) -> None:
+    """A standby connection that a raw cursor has taken out of autocommit leaks nothing."""
+    for _ in range(20):  # more than the pool has
+        with lab.request(), lab.db.replica(), lab.db.cursor() as cursor:
+            cursor.connection.autocommit = False
+            cursor.execute("SELECT 1")
+    assert lab.checked_out() == 0
+    assert lab.run(lab.titles) == ["first"]
+
+
 def test_standby_down(
     lab: Lab, primary: int, postgresql_database: Database[PostgreSQLCluster]
 ) -> None:

@@ -162,6 +162,13 @@ def test_a_long_out_value(lab: Lab) -> None:
 # Names and arguments --------------------------------------------------------------------------
 
 
+def test_streaming_session(lab: Lab) -> None:
+    """A session that streams its results calls a procedure like any other."""
+    lab.db.session.connection(execution_options={"stream_results": True})
+    assert sets(lab.db.callproc("np_multi"))[-1] == [("last",)]
+    assert lab.db.callproc("np_out").out["a"] == 42
+
+
 def test_names(lab: Lab, procedures: Database[MariaDBCluster]) -> None:
     """Qualified names, quoted parts, percent signs and the longest name all reach the server."""
     schema = procedures.name
@@ -355,6 +362,18 @@ def test_sqlalchemy_and_signals_are_told(lab: Lab) -> None:
     assert statements[0] == "CALL `np_in`(%s, %s)"
     assert statements[-1] == "CALL `np_err_mid`()"
     assert calls == [("np_in", None, None), ("np_err_mid", None, "OperationalError")]
+
+
+def test_receiver_that_raises(lab: Lab) -> None:
+    """A receiver that raises does not hide what the server has said."""
+
+    def receiver(app: object, **_: object) -> None:
+        raise ZeroDivisionError("metrics")
+
+    with procedure_called.connected_to(receiver, lab.app):
+        with pytest.raises(sa.exc.OperationalError, match="mid"):
+            lab.db.callproc("np_err_mid")
+        assert rows(lab.db.callproc("np_in", 1, "x")) == [(1, "x")]
 
 
 def test_cursor_class_of_the_user(procedures: Database[MariaDBCluster]) -> None:

@@ -310,6 +310,47 @@ def test_transaction_inside_begin(lab: Lab) -> None:
         assert lab.titles() == ["x", "y"]
 
 
+def test_transaction_inside_begin_nested(lab: Lab) -> None:
+    """Inside ``session.begin_nested()`` a block is a savepoint, too, and commits nothing."""
+    with lab.app.app_context():
+        lab.db.session.add(lab.Post(title="before"))
+        with pytest.raises(ValueError, match="mine"), lab.db.session.begin_nested():
+            with lab.db.transaction() as session:
+                session.add(lab.Post(title="inner"))
+            raise ValueError("mine")
+        assert lab.titles() == ["before"]
+        lab.db.session.rollback()
+        assert lab.titles() == []
+
+
+def test_transaction_ended_underneath(lab: Lab) -> None:
+    """A transaction that text has ended underneath a savepoint is not reported as committed."""
+    with lab.app.app_context():
+        with pytest.raises(sa.exc.InvalidRequestError, match="Nothing more is committed"):
+            with lab.db.transaction() as session:
+                session.add(lab.Post(title="lost"))
+                with pytest.raises(KeyError, match="mine"), lab.db.transaction():
+                    session.execute(sa.text("ROLLBACK"))
+                    raise KeyError("mine")
+                session.add(lab.Post(title="after"))
+        assert lab.titles() == []
+        with lab.db.transaction() as session:
+            session.add(lab.Post(title="next"))
+        assert lab.titles() == ["next"]
+
+
+def test_transaction_without_autobegin(tmp_path: Path) -> None:
+    """With ``autobegin=False`` a block begins the transaction itself."""
+    lab = Lab(f"sqlite:///{tmp_path}/a.db", session_options={"autobegin": False})
+    with lab.app.app_context():
+        lab.db.create_all()
+        with lab.db.transaction() as session:
+            session.add(lab.Post(title="x"))
+        with lab.db.transaction():
+            assert lab.titles() == ["x"]
+    lab.dispose()
+
+
 def test_integrity_error_in_a_block(lab: Lab) -> None:
     """An inner block may fail on a constraint; the outer one goes on."""
     with lab.app.app_context():
@@ -572,8 +613,12 @@ def test_request_without_database(lab: Lab) -> None:
     assert seen == [[], []]
 
 
-def test_remove_forgets_first(lab: Lab) -> None:
-    """``session.remove()`` that raises has forgotten the session all the same."""
+def test_remove_closes_like_the_end_of_a_context(lab: Lab) -> None:
+    """``session.remove()`` forgets first, gives back every connection, and raises nothing."""
+    failures: list[str | None] = []
+
+    def note(app: object, bind_key: str | None, **_: object) -> None:
+        failures.append(bind_key)
 
     def refuse(connection: object) -> None:
         raise sqlite3.OperationalError("gone")
@@ -581,11 +626,26 @@ def test_remove_forgets_first(lab: Lab) -> None:
     with lab.app.app_context():
         first = lab.db.session()
         lab.titles()
-        vars(lab.db.engine.dialect)["do_rollback"] = refuse
-        with pytest.raises(sa.exc.OperationalError, match="gone"):
+        lab.db.session.scalars(sa.select(lab.Order)).all()  # type: ignore[attr-defined]
+        for engine in lab.engines:
+            vars(engine.dialect)["do_rollback"] = refuse
+        with session_close_failed.connected_to(note):
             lab.db.session.remove()
-        del vars(lab.db.engine.dialect)["do_rollback"]
+        assert lab.checked_out() == 0
+        for engine in lab.engines:
+            del vars(engine.dialect)["do_rollback"]
         assert lab.db.session() is not first
+    assert failures == [None, "orders"]
+
+
+def test_remove_inside_a_transaction(lab: Lab) -> None:
+    """``session.remove()`` inside a block is refused: what follows would be lost."""
+    with lab.app.app_context():
+        with pytest.raises(sa.exc.InvalidRequestError, match="would be lost"):
+            with lab.db.transaction():
+                lab.db.session.remove()
+        lab.db.session.remove()
+        assert lab.titles() == []
 
 
 def test_threads_do_not_share(lab: Lab) -> None:
@@ -644,6 +704,19 @@ def test_class_of_the_user(tmp_path: Path) -> None:
         assert lab.titles() == []
     assert len(asked) == 1
     assert routes == [("replica", "read")]
+    lab.dispose()
+
+
+def test_scope_function_that_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A ``scopefunc`` that raises when a context ends is logged, and raises nothing. (I5)"""
+
+    def scope() -> str:
+        raise LookupError("no request")
+
+    lab = Lab(f"sqlite:///{tmp_path}/a.db", session_options={"scopefunc": scope})
+    with lab.app.app_context():
+        pass
+    assert "no request" in caplog.text
     lab.dispose()
 
 
@@ -739,6 +812,60 @@ def test_cursor_shares_the_transaction(on_mariadb: Lab) -> None:
         assert lab.titles() == ["ours"]
         lab.db.session.rollback()
         assert lab.titles() == []
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback", "close", "remove"])
+def test_cursor_ends_with_the_transaction(on_mariadb: Lab, end: str) -> None:
+    """A cursor kept beyond its transaction is closed: it cannot write into someone else's."""
+    import pymysql
+
+    lab = on_mariadb
+    with lab.request("POST"):
+        with pytest.raises(pymysql.err.ProgrammingError, match="Cursor closed"):
+            with lab.db.cursor() as cursor:
+                cursor.execute("INSERT INTO post (title) VALUES ('first')")
+                getattr(lab.db.session, end)()
+                cursor.execute("INSERT INTO post (title) VALUES ('second')")
+        with lab.db.cursor() as cursor:
+            cursor.execute("INSERT INTO post (title) VALUES ('third')")
+        lab.db.session.commit()
+        assert lab.titles() == (["first", "third"] if end == "commit" else ["third"])
+
+
+def test_cursor_in_a_replica_scope_ends_with_the_transaction(on_mariadb: Lab) -> None:
+    """So does a cursor on a replica, whose connection goes back to its pool."""
+    import pymysql
+
+    lab = on_mariadb
+    with lab.request(), lab.db.replica():
+        with pytest.raises(pymysql.err.ProgrammingError, match="Cursor closed"):
+            with lab.db.cursor() as cursor:
+                cursor.execute("SELECT 1")
+                lab.db.session.commit()
+                cursor.execute("SELECT 1")
+    assert lab.checked_out() == 0
+
+
+def test_changes_are_not_computed_from_a_replica(
+    on_mariadb: Lab, mariadb_database: Database[MariaDBCluster]
+) -> None:
+    """What a unit has read from a replica is read anew when ``db.transaction()`` begins."""
+    lab = on_mariadb
+    mariadb_database.execute("INSERT INTO post VALUES (1, 'old'), (2, 'mine')")
+    mariadb_database.sync()
+    for replica in mariadb_database.cluster.replicas:
+        mariadb_database.cluster.stop_replication(replica)
+    mariadb_database.execute("UPDATE post SET title = 'new'")
+    with lab.request():
+        post, other = lab.db.session.scalars(sa.select(lab.Post).order_by(lab.Post.id))
+        assert post.title == "old"
+        other.title = "changed"
+        with lab.db.transaction():
+            post.title += "!"
+    assert mariadb_database.execute("SELECT title FROM post ORDER BY id") == [
+        ("new!",),
+        ("changed",),
+    ]
 
 
 def test_cursor_of_a_bind(on_mariadb: Lab) -> None:

@@ -51,6 +51,9 @@ class Generic:
     :param dialect: SQLAlchemy's dialect object of one engine.
     """
 
+    #: Whether the driver's unbuffered cursors work outside of a transaction.
+    streams_in_autocommit = True
+
     def __init__(self, dialect: sa.Dialect) -> None:
         self.dialect = dialect
 
@@ -64,9 +67,13 @@ class Generic:
         """Have the server refuse every write of this connection, whatever the user may do."""
         raise NotImplementedError(f"{self.dialect.name} cannot hold a connection read-only.")
 
-    def in_transaction(self, dbapi_connection: DBAPIConnection) -> bool:
-        """Whether someone has opened a transaction on this autocommit connection."""
+    def is_left_open(self, dbapi_connection: DBAPIConnection) -> bool:
+        """Whether a transaction or a result is open on this autocommit connection. No I/O."""
         return False
+
+    def is_autocommit(self, dbapi_connection: DBAPIConnection) -> bool | None:
+        """Whether each statement is committed by itself, ``None`` if that is not known. No I/O."""
+        return None
 
     def parameters(
         self, connection: sa.Connection, schema: str | None, name: str

@@ -20,8 +20,9 @@ from .generic import Outcome
 from .generic import Parameter
 from .generic import ResultSet
 
-#: SERVER_STATUS_IN_TRANS and SERVER_STATUS_NO_BACKSLASH_ESCAPES of the client/server protocol.
+#: The SERVER_STATUS_ bits of these names in the client/server protocol.
 _IN_TRANSACTION = 1
+_AUTOCOMMIT = 2
 _NO_BACKSLASH_ESCAPES = 512
 
 #: ROUTINES first: it has a row for a procedure without parameters, too. Both show what the user
@@ -90,7 +91,9 @@ class MySQL(Generic):
             connection.exec_driver_sql(f"SET {', '.join(assignments)}", tuple(inout))
         statement = f"CALL {path}({', '.join(places)})"
         with _same_escaping(connection), _draining(connection) as cursors:
-            connection.exec_driver_sql(statement, tuple(bound))
+            # Streaming, if it is the session's wish, would bring the driver's own cursor back.
+            options = {"stream_results": False}
+            connection.exec_driver_sql(statement, tuple(bound), execution_options=options)
         cursor = cursors[-1]
         warnings: list[tuple[str, int, str]] = []
         if cursor.warning_count:
@@ -130,8 +133,16 @@ class MySQL(Generic):
         finally:
             cursor.close()
 
-    def in_transaction(self, dbapi_connection: DBAPIConnection) -> bool:
-        return bool(getattr(dbapi_connection, "server_status", 0) & _IN_TRANSACTION)
+    def is_left_open(self, dbapi_connection: DBAPIConnection) -> bool:
+        if getattr(dbapi_connection, "server_status", 0) & _IN_TRANSACTION:
+            return True
+        result = getattr(dbapi_connection, "_result", None)
+        return bool(getattr(result, "unbuffered_active", False))
+
+    def is_autocommit(self, dbapi_connection: DBAPIConnection) -> bool | None:
+        # A SELECT does not update the status, but it cannot change this bit either.
+        status = getattr(dbapi_connection, "server_status", None)
+        return None if status is None else bool(status & _AUTOCOMMIT)
 
 
 def _variables(parameters: t.Sequence[Parameter]) -> t.Iterator[tuple[str, Parameter]]:
@@ -264,6 +275,12 @@ def connection_class() -> type[t.Any]:
 
         def fileno(self) -> int:
             return int(self._sock.fileno())
+
+        def _force_close(self) -> None:
+            # An unbuffered result would go on reading from the socket that is closed here.
+            if self._result is not None:
+                self._result.unbuffered_active = False
+            super()._force_close()
 
         def _execute_command(self, command: int, sql: str | bytes) -> None:
             if command != COM_PING:

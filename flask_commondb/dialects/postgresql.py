@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typing as t
+
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
 from .generic import Generic
@@ -13,6 +15,9 @@ _IDLE = 0
 class PostgreSQL(Generic):
     """A standby refuses writes by itself; this holds for a promoted one, too."""
 
+    #: A server-side cursor is the transaction's.
+    streams_in_autocommit = False
+
     def hold_read_only(self, dbapi_connection: DBAPIConnection) -> None:
         cursor = dbapi_connection.cursor()
         try:
@@ -20,6 +25,9 @@ class PostgreSQL(Generic):
         finally:
             cursor.close()
 
-    def in_transaction(self, dbapi_connection: DBAPIConnection) -> bool:
+    def is_autocommit(self, dbapi_connection: DBAPIConnection) -> bool | None:
+        return t.cast("bool | None", getattr(dbapi_connection, "autocommit", None))
+
+    def is_left_open(self, dbapi_connection: DBAPIConnection) -> bool:
         info = getattr(dbapi_connection, "info", None)
         return info is not None and int(info.transaction_status) != _IDLE

@@ -29,7 +29,7 @@ class SQLite(Generic):
         # Not "mode=ro" in the URL: that one cannot open a file that is still to be created.
         _run(dbapi_connection, "PRAGMA query_only=ON")
 
-    def in_transaction(self, dbapi_connection: DBAPIConnection) -> bool:
+    def is_left_open(self, dbapi_connection: DBAPIConnection) -> bool:
         return bool(getattr(dbapi_connection, "in_transaction", False))
 
 
