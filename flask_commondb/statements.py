@@ -33,14 +33,6 @@ class Facts(t.NamedTuple):
     not_read: str | None
     is_text: bool
 
-    @property
-    def owner(self) -> tuple[str | None] | None:
-        """The bind key that owns the statement in a tuple, ``None`` if nothing in it is owned.
-
-        :raises CrossBindError: if several binds own its tables.
-        """
-        return single_owner(self.owners)
-
 
 def single_owner(owners: t.Mapping[str | None, str]) -> tuple[str | None] | None:
     """The only bind key among the owners.

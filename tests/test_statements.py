@@ -25,6 +25,7 @@ from flask_commondb import CrossBindError
 from flask_commondb.statements import Facts
 from flask_commondb.statements import Reader
 from flask_commondb.statements import mapper_owners
+from flask_commondb.statements import single_owner
 
 
 class Base(so.DeclarativeBase):
@@ -265,7 +266,7 @@ OWNERLESS: dict[str, t.Callable[[], t.Any]] = {
 def test_owner(name: str, models: Models) -> None:
     """Whatever a statement looks like, the bind is found that owns its tables."""
     facts = Reader().facts(OWNED[name](models))
-    assert facts.owner == (models.bind_key,)
+    assert single_owner(facts.owners) == (models.bind_key,)
     assert set(facts.owners.values()) <= models.tables | {"t"}
 
 
@@ -273,7 +274,7 @@ def test_owner(name: str, models: Models) -> None:
 def test_no_owner(name: str) -> None:
     """A statement without a table of a bind has no owner: the session's own bind takes it."""
     facts = Reader().facts(OWNERLESS[name]())
-    assert (facts.owners, facts.owner) == ({}, None)
+    assert (facts.owners, single_owner(facts.owners)) == ({}, None)
 
 
 @pytest.mark.parametrize("models", [MAIN, ORDERS], ids=["default", "orders"])
@@ -363,7 +364,7 @@ def test_crossing(name: str) -> None:
     facts = Reader().facts(CROSSING[name](MAIN, ORDERS))
     assert facts.owners.keys() == {None, "orders"}
     with pytest.raises(CrossBindError, match="tables of several binds") as caught:
-        assert facts.owner is None
+        assert single_owner(facts.owners) is None
     for bind_key, table in facts.owners.items():
         assert f"'{table}' (bind {bind_key!r})" in str(caught.value)
 
@@ -372,7 +373,7 @@ def test_crossing_three() -> None:
     """Every bind of a statement over three is named, with a table, and what can be done."""
     statement = sa.select(ORDERS.table, MAIN.table, LEGACY.Node.__table__)
     with pytest.raises(CrossBindError, match="tables of several binds") as caught:
-        assert Reader().facts(statement).owner is None
+        assert single_owner(Reader().facts(statement).owners) is None
     assert str(caught.value) == (
         "One statement names tables of several binds: 'orders_plain' (bind 'orders'),"
         " 'main_plain' (bind None), 'legacy_node' (bind 'legacy'). No server holds them all; use"
@@ -865,7 +866,7 @@ def test_any_select_of_one_bind(drawn: tuple[Models, t.Any]) -> None:
     """However selects of one bind are nested, it owns the whole, and the whole is a read."""
     models, statement = drawn
     for facts in (reader.facts(statement), Reader().facts(statement)):
-        assert facts.owner == (models.bind_key,)
+        assert single_owner(facts.owners) == (models.bind_key,)
         assert facts.not_read is None
 
 
@@ -887,7 +888,7 @@ def test_any_select_of_two_binds(
     for facts in (reader.facts(statement), Reader().facts(statement)):
         assert facts.owners.keys() == {None, "orders"}
         with pytest.raises(CrossBindError, match=r"\(bind 'orders'\)"):
-            assert facts.owner is None
+            assert single_owner(facts.owners) is None
 
 
 @pytest.mark.parametrize("operator", ["REGEXP", "rlike", "DIV", "->>", "@>", "<=>", "%"])
