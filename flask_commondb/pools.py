@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from .dialects import Generic
 from .dialects import dialect_for
 
 #: A replica's engine always has this. Each SELECT sees the newest data, and nothing stays open.
@@ -31,8 +32,8 @@ def prepare(engine: sa.Engine, *, has_replicas: bool = False) -> None:
     """
     dialect = dialect_for(engine)
     dialect.install(engine)
-    _discard_dead_connections(engine)
-    _discard_changed_connections(engine)
+    _discard_dead_connections(engine, dialect)
+    _discard_changed_connections(engine, dialect)
     _guarded.add(engine)
     if has_replicas:
 
@@ -119,19 +120,19 @@ def raw_cursor(connection: sa.Connection, *args: t.Any, **kwargs: t.Any) -> t.It
     proxied = connection.connection
     cursor = proxied.cursor(*args, **kwargs)
 
-    def close(*event: t.Any) -> None:
+    def end(*event: t.Any) -> None:
         with contextlib.suppress(driver_error):
             cursor.close()
 
     if not connection.in_transaction():
         connection.begin()  # so that its end is an event
     for event in ("commit", "rollback"):
-        sa.event.listen(connection, event, close)
+        sa.event.listen(connection, event, end)
     try:
         try:
             yield cursor
         except BaseException:
-            close()
+            end()
             raise
         cursor.close()  # reads what is left of the results, and may find a late error
     except driver_error as error:
@@ -141,15 +142,13 @@ def raw_cursor(connection: sa.Connection, *args: t.Any, **kwargs: t.Any) -> t.It
         raise
     finally:
         for event in ("commit", "rollback"):
-            sa.event.remove(connection, event, close)
+            sa.event.remove(connection, event, end)
 
 
 _guarded: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
 
 
-def _discard_dead_connections(engine: sa.Engine) -> None:
-    dialect = dialect_for(engine)
-
+def _discard_dead_connections(engine: sa.Engine, dialect: Generic) -> None:
     @sa.event.listens_for(engine, "checkout")
     def checkout(
         dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry, proxy: t.Any
@@ -158,9 +157,8 @@ def _discard_dead_connections(engine: sa.Engine) -> None:
             raise sa.exc.DisconnectionError("The server has closed this connection.")
 
 
-def _discard_changed_connections(engine: sa.Engine) -> None:
+def _discard_changed_connections(engine: sa.Engine, dialect: Generic) -> None:
     """A raw cursor or a procedure that switches autocommit must not do so for the next user."""
-    dialect = dialect_for(engine)
 
     @sa.event.listens_for(engine, "connect")
     def connect(dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:

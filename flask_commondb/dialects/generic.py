@@ -118,6 +118,15 @@ class Generic:
             return True
 
 
+def run(dbapi_connection: DBAPIConnection, statement: str) -> None:
+    """Send one statement on a connection that is not yet, or no longer, SQLAlchemy's."""
+    cursor = dbapi_connection.cursor()
+    try:
+        cursor.execute(statement)
+    finally:
+        cursor.close()
+
+
 def _readable(descriptor: int) -> bool:
     if hasattr(select, "poll"):
         poll = select.poll()

@@ -19,6 +19,7 @@ from .generic import Generic
 from .generic import Outcome
 from .generic import Parameter
 from .generic import ResultSet
+from .generic import run
 
 #: The SERVER_STATUS_ bits of these names in the client/server protocol.
 _IN_TRANSACTION = 1
@@ -127,11 +128,7 @@ class MySQL(Generic):
 
     def hold_read_only(self, dbapi_connection: DBAPIConnection) -> None:
         # Stronger than the server's read_only: it binds users with READ_ONLY ADMIN as well.
-        cursor = dbapi_connection.cursor()
-        try:
-            cursor.execute("SET SESSION TRANSACTION READ ONLY")
-        finally:
-            cursor.close()
+        run(dbapi_connection, "SET SESSION TRANSACTION READ ONLY")
 
     def is_left_open(self, dbapi_connection: DBAPIConnection) -> bool:
         if getattr(dbapi_connection, "server_status", 0) & _IN_TRANSACTION:
@@ -225,8 +222,7 @@ def _same_escaping(connection: sa.Connection) -> t.Iterator[None]:
     finally:
         if driver_connection.server_status & _NO_BACKSLASH_ESCAPES != before:
             try:
-                with driver_connection.cursor() as cursor:
-                    cursor.execute("SET sql_mode = @@sql_mode")
+                run(driver_connection, "SET sql_mode = @@sql_mode")
             except Exception as error:
                 connection.invalidate(error)
 

@@ -7,6 +7,7 @@ import typing as t
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
 from .generic import Generic
+from .generic import run
 
 #: libpq's PQTRANS_IDLE: no transaction is open.
 _IDLE = 0
@@ -19,11 +20,7 @@ class PostgreSQL(Generic):
     streams_in_autocommit = False
 
     def hold_read_only(self, dbapi_connection: DBAPIConnection) -> None:
-        cursor = dbapi_connection.cursor()
-        try:
-            cursor.execute("SET default_transaction_read_only = on")
-        finally:
-            cursor.close()
+        run(dbapi_connection, "SET default_transaction_read_only = on")
 
     def is_autocommit(self, dbapi_connection: DBAPIConnection) -> bool | None:
         return t.cast("bool | None", getattr(dbapi_connection, "autocommit", None))

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
 from .generic import Generic
+from .generic import run
 
 
 class SQLite(Generic):
@@ -18,7 +19,7 @@ class SQLite(Generic):
 
     def prepare_primary(self, dbapi_connection: DBAPIConnection) -> None:
         try:
-            _run(dbapi_connection, "PRAGMA journal_mode=WAL")
+            run(dbapi_connection, "PRAGMA journal_mode=WAL")
         except sqlite3.OperationalError as error:
             # The mode is the file's. Another process that is just setting it holds a lock that
             # SQLite does not wait for; if that one fails, the next connection sets it.
@@ -27,7 +28,7 @@ class SQLite(Generic):
 
     def hold_read_only(self, dbapi_connection: DBAPIConnection) -> None:
         # Not "mode=ro" in the URL: that one cannot open a file that is still to be created.
-        _run(dbapi_connection, "PRAGMA query_only=ON")
+        run(dbapi_connection, "PRAGMA query_only=ON")
 
     def is_left_open(self, dbapi_connection: DBAPIConnection) -> bool:
         return bool(getattr(dbapi_connection, "in_transaction", False))
@@ -38,11 +39,3 @@ def _begin_first(connection: sa.Connection, name: str | None) -> None:
     outside of one would be a transaction of its own, and its release a commit."""
     if not getattr(connection.connection.dbapi_connection, "in_transaction", True):
         connection.exec_driver_sql("BEGIN")
-
-
-def _run(dbapi_connection: DBAPIConnection, statement: str) -> None:
-    cursor = dbapi_connection.cursor()
-    try:
-        cursor.execute(statement)
-    finally:
-        cursor.close()
