@@ -6,22 +6,34 @@ from .errors import CommonDBError
 from .errors import ConfigError
 from .errors import CrossBindError
 from .errors import NoContextError
+from .errors import OpenTransactionError
 from .errors import PartialCommitError
+from .errors import PoolExhausted
 from .errors import ProcedureNotSupported
+from .errors import TwoPhaseNotSupported
 from .errors import UnknownBindError
 from .errors import WrongBindError
 from .extension import CommonDB
+from .holders import Holder
+from .holders import PoolStatus
 from .procedures import ProcedureResult
+from .streams import Stream
 
 __all__ = [
     "CommonDB",
     "CommonDBError",
     "ConfigError",
     "CrossBindError",
+    "Holder",
     "NoContextError",
+    "OpenTransactionError",
     "PartialCommitError",
+    "PoolExhausted",
+    "PoolStatus",
     "ProcedureNotSupported",
     "ProcedureResult",
+    "Stream",
+    "TwoPhaseNotSupported",
     "UnknownBindError",
     "WrongBindError",
 ]

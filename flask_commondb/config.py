@@ -44,6 +44,7 @@ class Config:
     replicas: t.Mapping[str | None, tuple[ReplicaConfig, ...]]
     routing: str
     read_functions: frozenset[str]
+    leak_watch: bool = False
 
 
 def load(config: t.MutableMapping[str, t.Any], engine_options: t.Mapping[str, t.Any]) -> Config:
@@ -69,10 +70,13 @@ def load(config: t.MutableMapping[str, t.Any], engine_options: t.Mapping[str, t.
             f" not {type(functions).__name__}."
         )
         functions = ()
+    leak_watch = config.setdefault("COMMONDB_LEAK_WATCH", False)
+    if not isinstance(leak_watch, bool):
+        mistakes.append(_wrong_type("COMMONDB_LEAK_WATCH", leak_watch, "True or False"))
     replicas = _replicas(config, families, given, mistakes)
     if mistakes:
         raise ConfigError(mistakes)
-    return Config(replicas, routing, frozenset(name.lower() for name in functions))
+    return Config(replicas, routing, frozenset(name.lower() for name in functions), leak_watch)
 
 
 def server_name(url: sa.URL) -> str:
@@ -83,7 +87,12 @@ def server_name(url: sa.URL) -> str:
     return (url.database or ":memory:").rpartition("/")[2]
 
 
-_KNOWN = ("COMMONDB_REPLICAS", "COMMONDB_ROUTING", "COMMONDB_READ_FUNCTIONS")
+_KNOWN = (
+    "COMMONDB_REPLICAS",
+    "COMMONDB_ROUTING",
+    "COMMONDB_READ_FUNCTIONS",
+    "COMMONDB_LEAK_WATCH",
+)
 
 #: Beside these, all in the dict of a replica is for ``create_engine()``.
 _REPLICA_KEYS = ("url", "weight")

@@ -99,9 +99,14 @@ class PartialCommitError(CommonDBError, sa_exc.InvalidRequestError):
 
     Raised by :meth:`.CommonDB.transaction` with several keys; the cause is the database's error.
 
-    :param committed: bind keys whose changes are durable.
+    Also by a commit of ``db.session`` that concerns several binds.
+
+    :param committed: bind keys whose changes are durable. The failed one is among them when a
+        listener of the session has raised after its commit.
     :param failed: the bind key whose commit raised.
     :param pending: bind keys that were rolled back, because their turn had not come.
+    :param prepared: with ``twophase=True``, bind keys whose changes stand prepared on their server
+        and could not be committed there: the failed one is the first of them.
     """
 
     def __init__(
@@ -109,13 +114,64 @@ class PartialCommitError(CommonDBError, sa_exc.InvalidRequestError):
         committed: t.Sequence[str | None],
         failed: str | None,
         pending: t.Sequence[str | None],
+        prepared: t.Sequence[str | None] = (),
     ) -> None:
         self.committed = tuple(committed)
         self.failed = failed
         self.pending = tuple(pending)
+        self.prepared = tuple(prepared)
+        what_to_do = "What is durable must be undone by the application."
+        if prepared:
+            what_to_do = (
+                f"Prepared and waiting on their servers: {list(prepared)!r}; they must be committed"
+                " there by hand."
+            )
         super().__init__(
             f"The commit of bind {failed!r} failed. Already durable: {list(committed)!r};"
-            f" rolled back: {list(pending)!r}. What is durable must be undone by the application."
+            f" rolled back: {list(pending)!r}. {what_to_do}"
+        )
+
+
+class OpenTransactionError(CommonDBError, sa_exc.InvalidRequestError):
+    """A unit of work cannot begin, because the session is in the middle of another one.
+
+    :param what: what was to begin.
+    :param bind_key: the session's bind key; for ``db.session`` its name.
+    :param reason: what the session is in the middle of.
+    """
+
+    def __init__(self, what: str, bind_key: str | None, reason: str) -> None:
+        super().__init__(
+            f"{what} needs a transaction of its own, but the session of bind {bind_key!r} {reason}."
+            " Commit or roll back before, or call it from outside of that transaction."
+        )
+
+
+class TwoPhaseNotSupported(CommonDBError, NotImplementedError):
+    """``db.transaction(…, twophase=True)`` over a server that cannot prepare a transaction."""
+
+
+class PoolExhausted(CommonDBError, sa_exc.TimeoutError):
+    """No connection came back to the pool in time; the text names who holds them.
+
+    :param server: what the server is called, never with a password.
+    :param bind_key: the bind whose pool it is.
+    :param limit: how many connections the pool allows.
+    :param holders: one line for each holder; empty unless :data:`COMMONDB_LEAK_WATCH` is on.
+    """
+
+    def __init__(
+        self, bind_key: str | None, server: str, limit: int, holders: t.Sequence[str] = ()
+    ) -> None:
+        self.bind_key = bind_key
+        self.holders = tuple(holders)
+        who = "Set COMMONDB_LEAK_WATCH to see who holds them."
+        if holders:
+            who = "\n".join(["They are held by:", *(f"  - {holder}" for holder in holders)])
+        super().__init__(
+            f"All {limit} connections of bind {bind_key!r} to {server} are in use, and none came"
+            f" back in time. Make 'pool_size' plus 'max_overflow' at least the number of threads,"
+            f" and close what is kept open. {who}"
         )
 
 

@@ -9,9 +9,11 @@ Must not: hold the state of a request, or decide anything that a module below ca
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import contextvars
 import functools
+import inspect
 import typing as t
 import weakref
 
@@ -24,8 +26,16 @@ from flask_sqlalchemy import SQLAlchemy
 from flask_sqlalchemy.session import Session as UpstreamSession
 
 from . import config
+from . import jobs
 from . import pools
 from .errors import ConfigError
+from .errors import UnknownBindError
+from .holders import LeakWatch
+from .holders import NoWatch
+from .holders import PoolStatus
+from .holders import status
+from .holders import tell_when_exhausted
+from .jobs import JobExecutor
 from .procedures import ProcedureResult
 from .replicas import Replica
 from .routing import ALL_BINDS
@@ -33,12 +43,20 @@ from .routing import Router
 from .routing import RoutingSession
 from .scopes import Scope
 from .sessions import ContextRegistry
+from .sessions import OpenContexts
 from .sessions import SessionProxy
 from .sessions import Sessions
 from .sessions import close_all
 from .sessions import close_scoped
-from .sessions import transaction
+from .sessions import current_context
 from .statements import Reader
+from .streams import Stream
+from .streams import open_stream
+from .transactions import begin_anew
+from .transactions import repeat
+from .transactions import transaction
+
+_F = t.TypeVar("_F", bound=t.Callable[..., t.Any])
 
 
 class CommonDB(SQLAlchemy):
@@ -61,8 +79,14 @@ class CommonDB(SQLAlchemy):
     #: :meta private:
     scopes: contextvars.ContextVar[tuple[Scope, ...]]
 
+    #: The contexts that have sessions now.
+    #:
+    #: :meta private:
+    open_contexts: OpenContexts
+
     _configs: weakref.WeakKeyDictionary[Flask, config.Config]
     _routers: weakref.WeakKeyDictionary[Flask, Router]
+    _celery_apps: weakref.WeakSet[t.Any]
 
     def init_app(self, app: Flask) -> None:
         """Initialize an app, as in Flask-SQLAlchemy.
@@ -80,13 +104,22 @@ class CommonDB(SQLAlchemy):
         self._forget_router(app)
         reader = Reader(settings.read_functions)
         self._configs[app] = settings
-        self._routers[app] = Router(reader, by_method=settings.routing == "auto")
+        self._routers[app] = Router(
+            weakref.ref(app),
+            self._app_engines.setdefault(app, {}),
+            reader,
+            by_method=settings.routing == "auto",
+            watch=LeakWatch() if settings.leak_watch else NoWatch(),
+        )
         with self._all_or_nothing(app):
             super().init_app(app)
+        self._watch_pools(app)
         self._record_replica_queries(app)
         self._close_after_every_teardown(app)
 
-    def transaction(self, *bind_keys: str | None) -> contextlib.AbstractContextManager[t.Any]:
+    def transaction(
+        self, *bind_keys: str | None, twophase: bool = False
+    ) -> contextlib.AbstractContextManager[t.Any]:
         """Commit when the block ends, roll back when it raises.
 
         Works although the session has been used before, nests as a savepoint, and leaves a usable
@@ -95,12 +128,141 @@ class CommonDB(SQLAlchemy):
         :param bind_keys: without any, the block is about ``db.session``. With one, about
             ``db.sessions[key]``. With several, their sessions are flushed, then committed in the
             order given.
+        :param twophase: every server prepares the transaction before any of them commits it.
         :returns: a context manager for the session; for a tuple of sessions with several keys.
         :raises ValueError: if a key is given twice.
         :raises UnknownBindError: for a key that the current app does not configure.
         :raises PartialCommitError: if a commit fails after another has succeeded.
+        :raises TwoPhaseNotSupported: if a server cannot prepare a transaction.
+        :raises OpenTransactionError: if a session has changes already that two phases would miss.
         """
-        return self._transaction(bind_keys)
+        return self._transaction(bind_keys, twophase)
+
+    @t.overload
+    def transactional(self, function: _F, /) -> _F: ...
+
+    @t.overload
+    def transactional(self, *bind_keys: str | None, retry: int = 3) -> t.Callable[[_F], _F]: ...
+
+    def transactional(self, *bind_keys: t.Any, retry: int = 3) -> t.Any:
+        """Make each call of a function a unit of work: ``@db.transactional(retry=3)``.
+
+        It is a :meth:`transaction` that is run again, as a whole, when the server has ended it for
+        the sake of another one: after a deadlock, when a lock was waited for too long, or when
+        transactions could not be serialized. Between two attempts it waits for a random time that
+        grows. A transaction in which the session has only read is ended first.
+
+        :param bind_keys: as for :meth:`transaction`.
+        :param retry: how often it is run again at most. With 0 it may be called inside another
+            transaction, and is a savepoint there.
+        :raises OpenTransactionError: when called while the session has changes or is inside another
+            transaction: what was done before cannot be run again.
+        :raises TypeError: if the function is a generator, which cannot be run again.
+        """
+        if len(bind_keys) == 1 and callable(bind_keys[0]):
+            return self._transactional(bind_keys[0], (), retry)
+        return functools.partial(self._transactional, bind_keys=bind_keys, retry=retry)
+
+    def stream(
+        self,
+        statement: t.Any,
+        params: t.Any = None,
+        *,
+        bind_key: str | None = None,
+        chunk: int = 1000,
+    ) -> Stream[t.Any]:
+        """Read a result while it arrives, for one that is larger than memory.
+
+        On a connection of its own, which sees what is committed. It goes back when the rows are
+        used up, when the stream is closed or dropped, when the response that it feeds is closed,
+        and when its context ends without a response.
+
+        :param statement: a SELECT. It is routed as the unit of work's other reads are.
+        :param params: its parameters.
+        :param bind_key: for SQL text of another bind than the default one.
+        :param chunk: how many rows are fetched at once.
+        :raises TypeError: if the statement writes.
+        :raises UnknownBindError: for a key that the current app does not configure.
+        """
+        context = current_context(self)
+        if bind_key is not None and bind_key not in context.router.engines:
+            raise UnknownBindError(bind_key, context.router.engines)
+        session = RoutingSession(self)
+        key = ALL_BINDS if bind_key is None else bind_key
+        session.join_context(key, context.router, context.roles)
+        unit = self._session_for(bind_key)
+        return open_stream(session, unit, context.streams, statement, params, chunk)
+
+    def scope(self, app: Flask | None = None) -> contextlib.AbstractContextManager[SessionProxy]:
+        """A context outside of a request: ``with db.scope(app):``. Its sessions are its own.
+
+        They are closed when the block ends; what was not committed is rolled back.
+
+        :param app: may be left out where an app is current, or ``db`` has only one.
+        :returns: a context manager for :attr:`session`; also a decorator.
+        :raises NoContextError: if it is not clear which app is meant.
+        """
+        return jobs.scope(self, app)
+
+    @t.overload
+    def job(self, function: _F, /) -> _F: ...
+
+    @t.overload
+    def job(self, /, *, app: Flask | None = None, retry: int = 0) -> t.Callable[[_F], _F]: ...
+
+    def job(self, function: t.Any = None, /, *, app: Flask | None = None, retry: int = 0) -> t.Any:
+        """Make each call of a function a job: ``@db.job``, for threads, schedulers and scripts.
+
+        It runs in a :meth:`scope`. When it returns, what its sessions have changed is committed,
+        when it raises, rolled back. Inside a request it is a unit of work of its own, too.
+
+        :param app: may be left out where an app is current, or ``db`` has only one.
+        :param retry: how often it is run again at most, as with :meth:`transactional`.
+        :raises PartialCommitError: if a commit fails after another has succeeded.
+        :raises NoContextError: when called, if it is not clear which app is meant.
+        :raises TypeError: if the function is a generator or a coroutine.
+        """
+        if function is None:
+            return functools.partial(self._job, app=app, retry=retry)
+        return self._job(function, app, retry)
+
+    def executor(
+        self, executor: concurrent.futures.Executor, app: Flask | None = None
+    ) -> JobExecutor:
+        """An executor that runs each call as a :meth:`job`, in the threads of another one.
+
+        :param executor: a :class:`~concurrent.futures.ThreadPoolExecutor`, say.
+        :param app: by default the one that is current when a call is submitted.
+        :raises TypeError: for an executor of processes.
+        """
+        return JobExecutor(self, executor, app)
+
+    def init_celery(self, celery: t.Any, app: Flask | None = None) -> None:
+        """Give each task of a Celery app a context, whose sessions are closed when the task ends.
+
+        A task commits by itself, with :meth:`transaction` say: Celery's signals come too late to
+        make it fail. Repeated calls change nothing.
+
+        :param celery: the Celery app.
+        :param app: may be left out where an app is current, or ``db`` has only one.
+        :raises NoContextError: if it is not clear which app is meant.
+        """
+        app = jobs.app_of(self, app)
+        if celery not in self._celery_apps:
+            self._celery_apps.add(celery)
+            jobs.connect_celery(app, celery)
+
+    def pool_status(self, app: Flask | None = None) -> list[PoolStatus]:
+        """How many connections are out, for each primary and replica, and who holds them. No I/O.
+
+        :param app: may be left out where an app is current, or ``db`` has only one.
+        :raises NoContextError: if it is not clear which app is meant.
+        """
+        router = self.routers[jobs.app_of(self, app)]
+        return [
+            status(engine, router.watch, bind_key, role, name)
+            for engine, bind_key, role, name in router.servers()
+        ]
 
     def cursor(
         self, bind_key: str | None = None, *args: t.Any, **kwargs: t.Any
@@ -182,6 +344,14 @@ class CommonDB(SQLAlchemy):
             )
         return router
 
+    @property
+    def routers(self) -> t.Mapping[Flask, Router]:
+        """What routing knows of each app that it is initialized for.
+
+        :meta private:
+        """
+        return self._routers
+
     def __repr__(self) -> str:
         if not has_app_context():
             return f"<{type(self).__name__}>"
@@ -198,6 +368,8 @@ class CommonDB(SQLAlchemy):
             self._configs = weakref.WeakKeyDictionary()
             self._routers = weakref.WeakKeyDictionary()
             self.scopes = contextvars.ContextVar("flask_commondb_scopes", default=())
+            self._celery_apps = weakref.WeakSet()
+            self.open_contexts = OpenContexts()
             self.sessions = Sessions(self, factory)
         if scopefunc is not None:
             return SessionProxy(factory, scopefunc=scopefunc)
@@ -258,7 +430,7 @@ class CommonDB(SQLAlchemy):
     def _teardown_session(self, exc: BaseException | None) -> None:
         if not isinstance(self.session.registry, ContextRegistry):
             close_scoped(self.session)
-        close_all(self)
+        close_all(self, exc)
 
     @contextlib.contextmanager
     def _all_or_nothing(self, app: Flask) -> t.Iterator[None]:
@@ -288,11 +460,22 @@ class CommonDB(SQLAlchemy):
         def do_teardown_appcontext(*args: t.Any, **kwargs: t.Any) -> None:
             try:
                 original(*args, **kwargs)
-            finally:
+            except BaseException as error:
+                self._teardown_session(error)
+                raise
+            else:
                 self._teardown_session(None)
+            finally:
+                self._routers[app].watch.take_back(app)
 
         do_teardown_appcontext.closes_for = self  # type: ignore[attr-defined]
         app.do_teardown_appcontext = do_teardown_appcontext  # type: ignore[method-assign]
+
+    def _watch_pools(self, app: Flask) -> None:
+        router = self._routers[app]
+        for engine, bind_key, _, name in router.servers():
+            router.watch.watch(engine, bind_key, name)
+            tell_when_exhausted(engine, router.watch, bind_key, name)
 
     def _forget_router(self, app: Flask) -> None:
         """Upstream disposes of the engines when an app is initialized anew; so do we."""
@@ -312,15 +495,55 @@ class CommonDB(SQLAlchemy):
         return self.session if bind_key is None else self.sessions[bind_key]
 
     @contextlib.contextmanager
-    def _transaction(self, bind_keys: tuple[str | None, ...]) -> t.Iterator[t.Any]:
+    def _transaction(
+        self, bind_keys: tuple[str | None, ...], twophase: bool = False
+    ) -> t.Iterator[t.Any]:
+        taken = self._taken(bind_keys)
+        if twophase:
+            for bind_key in bind_keys or self.engines:
+                pools.refuse_without_twophase(self.engines[bind_key], bind_key)
+        with transaction(taken, twophase=twophase):
+            yield next(iter(taken.values())) if len(taken) == 1 else tuple(taken.values())
+
+    def _transactional(self, function: _F, bind_keys: tuple[str | None, ...], retry: int) -> _F:
+        begin = functools.partial(self._transaction, bind_keys)
+        _refuse_what_cannot_run_again(function, "@db.transactional")
+
+        @functools.wraps(function)
+        def unit_of_work(*args: t.Any, **kwargs: t.Any) -> t.Any:
+            if retry:
+                for key, session in self._taken(bind_keys).items():
+                    begin_anew(key, session, f"{function.__qualname__}()")
+            unit = functools.partial(function, *args, **kwargs)
+            engines = [self.engines[key] for key in bind_keys or self.engines]
+            return repeat(unit, begin, retry, engines, bind_keys, jobs.app_of(self))
+
+        return t.cast(_F, unit_of_work)
+
+    def _job(self, function: _F, app: Flask | None, retry: int) -> _F:
+        _refuse_what_cannot_run_again(function, "@db.job")
+
+        @functools.wraps(function)
+        def job(*args: t.Any, **kwargs: t.Any) -> t.Any:
+            return jobs.run(self, app, retry, function, *args, **kwargs)
+
+        return t.cast(_F, job)
+
+    def _taken(self, bind_keys: tuple[str | None, ...]) -> dict[t.Any, t.Any]:
+        """The sessions of the current context that a transaction is about."""
         if len(set(bind_keys)) < len(bind_keys):
             raise ValueError(f"db.transaction(): a bind key is given twice: {bind_keys!r}")
         if not bind_keys:
-            taken: dict[t.Any, t.Any] = {ALL_BINDS: self.session()}
-        else:
-            taken = {bind_key: self.sessions[bind_key]() for bind_key in bind_keys}
-        with transaction(taken):
-            yield next(iter(taken.values())) if len(taken) == 1 else tuple(taken.values())
+            return {ALL_BINDS: self.session()}
+        return {bind_key: self.sessions[bind_key]() for bind_key in bind_keys}
+
+
+def _refuse_what_cannot_run_again(function: t.Any, decorator: str) -> None:
+    if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+        raise TypeError(
+            f"{decorator} is for a function that returns when its work is done;"
+            f" {function.__qualname__}() is a generator or a coroutine."
+        )
 
 
 class _PlainClass:

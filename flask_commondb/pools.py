@@ -9,6 +9,7 @@ Must not: choose a server, or know of sessions.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import typing as t
 import weakref
@@ -19,6 +20,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from .dialects import Generic
 from .dialects import dialect_for
+from .errors import TwoPhaseNotSupported
 
 #: A replica's engine always has this. Each SELECT sees the newest data, and nothing stays open.
 REPLICA_ISOLATION = "AUTOCOMMIT"
@@ -76,6 +78,52 @@ def is_usable(connection: sa.Connection) -> bool:
     return dbapi_connection is not None and not dialect_for(connection.engine).is_dead(
         dbapi_connection
     )
+
+
+def is_shared(engine: sa.Engine) -> bool:
+    """Whether all users of a thread, or of the process, have the same connection."""
+    return isinstance(engine.pool, (sa.StaticPool, sa.pool.SingletonThreadPool))
+
+
+def refuse_without_twophase(engine: sa.Engine, bind_key: str | None) -> None:
+    """Make sure that a server can prepare a transaction.
+
+    :raises TwoPhaseNotSupported: if it cannot. Asked once of each engine that can.
+    """
+    if engine in _twophase:
+        return
+    reason = dialect_for(engine).why_no_twophase(engine)
+    if reason is not None:
+        raise TwoPhaseNotSupported(
+            f"A two-phase transaction cannot have a part on bind {bind_key!r}: {reason}."
+        )
+    _twophase.add(engine)
+
+
+def streaming(engine: sa.Engine) -> sa.Engine:
+    """A replica's engine for results that are read while they arrive; with the same pool.
+
+    Where the driver streams inside a transaction only, its connections have one, and end it.
+    """
+    if dialect_for(engine).streams_in_autocommit:
+        return engine
+    variant = engine.execution_options(isolation_level="READ COMMITTED")
+    variant.dialect = copy.copy(engine.dialect)
+    variant.dialect.supports_server_side_cursors = True
+    del variant.dialect.do_commit, variant.dialect.do_rollback
+    return variant
+
+
+def stop_reading(connection: sa.Connection) -> None:
+    """Throw a connection away if it has a result that was not read to its end.
+
+    To close it properly would be to read all of it.
+    """
+    if not connection.closed and not connection.invalidated:
+        dbapi_connection = connection.connection.dbapi_connection
+        dialect = dialect_for(connection.engine)
+        if dbapi_connection is not None and dialect.is_reading(dbapi_connection):
+            discard(connection)
 
 
 def discard(connection: sa.Connection) -> None:
@@ -144,6 +192,9 @@ def raw_cursor(connection: sa.Connection, *args: t.Any, **kwargs: t.Any) -> t.It
         for event in ("commit", "rollback"):
             sa.event.remove(connection, event, end)
 
+
+#: Engines whose servers can prepare a transaction.
+_twophase: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
 
 _guarded: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
 

@@ -22,12 +22,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import functools
 import logging
 import typing as t
 import weakref
 
 import sqlalchemy as sa
 import sqlalchemy.orm as sa_orm
+from flask import Flask
 from flask import has_request_context
 from flask import request
 from flask_sqlalchemy.session import Session as UpstreamSession
@@ -35,8 +37,15 @@ from flask_sqlalchemy.session import Session as UpstreamSession
 from . import pools
 from . import procedures
 from . import signals
+from .commits import Place
+from .commits import commit_in_order
+from .config import server_name
 from .errors import UnknownBindError
 from .errors import WrongBindError
+from .holders import NoWatch
+from .identities import ForeignBind
+from .identities import is_kept_apart
+from .identities import keep_apart
 from .replicas import PAUSE
 from .replicas import Replica
 from .replicas import ReplicaSet
@@ -68,12 +77,18 @@ ALL_BINDS: t.Final = AllBinds.ALL_BINDS
 class Router:
     """What routing needs to know of one app. Made by ``init_app``, the same for every request.
 
+    :param app: whose it is.
+    :param engines: the engines of all binds.
     :param reader: finds out whether a statement is a read.
     :param by_method: whether rule 6 applies.
+    :param watch: who holds the app's connections.
     """
 
+    app: weakref.ref[Flask]
+    engines: t.Mapping[str | None, sa.Engine]
     reader: Reader
     by_method: bool
+    watch: NoWatch
     #: For each bind that has replicas.
     replica_sets: dict[str | None, ReplicaSet] = dataclasses.field(default_factory=dict)
     #: The same replicas, by their engines.
@@ -86,6 +101,30 @@ class Router:
         self.replica_sets[bind_key] = ReplicaSet(replicas)
         self.replicas.update({replica.engine: replica for replica in replicas})
         self.primaries[bind_key] = primary
+
+    def bind_key_of(self, engine: sa.Engine, default: str | None = None) -> str | None:
+        """The bind that an engine leads to, also when it has execution options of its own."""
+        replica = self.replicas.get(engine)
+        if replica is not None:
+            return replica.bind_key
+        for bind_key, known in self.engines.items():
+            if known.engine.pool is engine.pool:
+                return bind_key
+        return default
+
+    def servers(self) -> t.Iterator[tuple[sa.Engine, str | None, str, str]]:
+        """For each server its engine, bind key, role and name; a primary before its replicas."""
+        for bind_key, engine in self.engines.items():
+            yield engine, bind_key, "primary", server_name(engine.engine.url)
+            if bind_key in self.replica_sets:
+                for replica in self.replica_sets[bind_key].replicas:
+                    yield replica.engine, bind_key, "replica", replica.name
+
+    def place_of(self, connection: sa.Connection) -> Place:
+        """Where a connection stands in a commit: the default bind first, then as configured."""
+        bind_key = self.bind_key_of(connection.engine)
+        keys = sorted(self.engines, key=lambda key: key is not None)
+        return Place(keys.index(bind_key) if bind_key in keys else len(keys), bind_key)
 
 
 @dataclasses.dataclass
@@ -118,6 +157,12 @@ class RoutingSession(UpstreamSession):
         super().__init__(db, **kwargs)
         #: The roles of the unit of work, by bind key; all sessions of a context share them.
         self.roles: dict[str | None, BindRole] = {}
+        #: Whether the current transaction has seen anything but a SELECT that locks nothing.
+        self.may_have_written = False
+        #: Whether the last transaction was committed, whatever a listener raised after that.
+        self.has_committed = False
+        #: Whether its results are read while they arrive: see :mod:`.streams`.
+        self.is_stream = False
         #: The connections of the current transaction, in the order of their use.
         self.connections_in_use: dict[sa.Connection, None] = {}
         #: Those that the caller has given in the place of an engine, and will close.
@@ -125,6 +170,19 @@ class RoutingSession(UpstreamSession):
         #: The replica connections, by bind key.
         self.replica_connections: dict[str | None, sa.Connection] = {}
         self._flushed: set[str | None] = set()
+
+    @functools.cached_property
+    def router(self) -> Router:
+        """What is known of the app that the session belongs to."""
+        return self._db.router
+
+    def join_context(
+        self, bind_key: str | AllBinds | None, router: Router, roles: dict[str | None, BindRole]
+    ) -> None:
+        """Make it a session of a context, for one bind or for all."""
+        self.bind_key = bind_key
+        self.router = router
+        self.roles = roles
 
     def get_bind(
         self,
@@ -137,10 +195,16 @@ class RoutingSession(UpstreamSession):
 
         Asked without a statement, it names the primary.
         """
+        if self._flushing or (clause is not None and not _only_reads(clause)):
+            self.may_have_written = True
         found = bind if bind is not None else self._find_bind(mapper, clause, kwargs)  # rule 1
         if isinstance(found, sa.Connection):
             self.joined_connections.add(found)
         return found
+
+    def primary_of(self, statement: t.Any) -> sa.Engine:
+        """The engine of the bind that owns a statement's tables, wherever it will be read."""
+        return self._primary(self._owner(None, self.router.reader.facts(statement)))
 
     def role(self, bind_key: str | None) -> BindRole:
         """Where the unit of work stands on a bind."""
@@ -160,7 +224,7 @@ class RoutingSession(UpstreamSession):
         What was read from a replica is expired, so that no change is computed from old values.
         """
         is_stale = False
-        for bind_key in self._db.router.replica_sets:
+        for bind_key in self.router.replica_sets:
             if self.bind_key in (ALL_BINDS, bind_key):
                 role = self.role(bind_key)
                 is_stale = is_stale or (role.has_read and role.pinned is None)
@@ -178,6 +242,18 @@ class RoutingSession(UpstreamSession):
             if connection not in self.joined_connections
         ]
 
+    def all_connections(self) -> list[sa.Connection]:
+        """:meth:`own_connections`, and those to replicas."""
+        return [*self.own_connections(), *self.replica_connections.values()]
+
+    def get(self, entity: t.Any, ident: t.Any, **kwargs: t.Any) -> t.Any:
+        """As in SQLAlchemy."""
+        return super().get(entity, ident, **self._told_apart(entity, kwargs))
+
+    def get_one(self, entity: t.Any, ident: t.Any, **kwargs: t.Any) -> t.Any:
+        """As in SQLAlchemy."""
+        return super().get_one(entity, ident, **self._told_apart(entity, kwargs))
+
     def connection(
         self,
         bind_arguments: t.Any | None = None,
@@ -187,10 +263,11 @@ class RoutingSession(UpstreamSession):
 
         Inside ``db.replica()`` it is the replica's, and the server refuses what writes.
         """
+        self.may_have_written = True
         arguments = dict(bind_arguments or {})
-        if "bind" not in arguments and self._db.router.replica_sets:
+        if "bind" not in arguments and self.router.replica_sets:
             bind_key = self._owner(arguments.get("mapper"), None)
-            if bind_key in self._db.router.replica_sets:
+            if bind_key in self.router.replica_sets:
                 arguments["bind"] = self._engine_for_unseen_work(bind_key)
         return super().connection(arguments, execution_options)
 
@@ -204,6 +281,7 @@ class RoutingSession(UpstreamSession):
         bind_key = self._given_or_own(bind_key)
         if self.autoflush:
             self.flush()
+        self.may_have_written = True
         self._pin_and_tell(bind_key, "procedure")
         connection = super().connection({"bind": self._primary(bind_key)})
         with procedures.announced(name, bind_key):
@@ -217,17 +295,31 @@ class RoutingSession(UpstreamSession):
         bind_key = self._given_or_own(bind_key)
         if self.autoflush:
             self.flush()
+        self.may_have_written = True
         connection = super().connection({"bind": self._engine_for_unseen_work(bind_key)})
         with pools.raw_cursor(connection, *args, **kwargs) as cursor:
             yield cursor
 
     def flush(self, objects: t.Sequence[t.Any] | None = None) -> None:
-        """As in SQLAlchemy."""
+        """As in SQLAlchemy. What was read from a foreign bind is written there."""
         self._flushed.clear()
-        super().flush(objects)
+        if not is_kept_apart(self):
+            super().flush(objects)
+            return
+        # Not always: SQLAlchemy refuses bulk operations while it is set.
+        self.connection_callable = self._connection_for_instance
+        try:
+            super().flush(objects)
+        finally:
+            self.connection_callable = None
 
     def commit(self) -> None:
-        """As in SQLAlchemy; when it raises it has already rolled back, the session is usable."""
+        """As in SQLAlchemy; when it raises it has already rolled back, the session is usable.
+
+        Several binds are committed in order, the default bind first, then as they are configured.
+
+        :raises PartialCommitError: if a commit fails after another has succeeded.
+        """
         try:
             super().commit()
         except BaseException:
@@ -245,11 +337,55 @@ class RoutingSession(UpstreamSession):
                     "A replica connection of bind %r was thrown away: %s", bind_key, error
                 )
 
+    def _execute_internal(self, statement: t.Any, params: t.Any = None, **kwargs: t.Any) -> t.Any:
+        token = self._foreign_bind(statement, kwargs.get("bind_arguments"))
+        if token is not None:
+            options = kwargs.get("execution_options") or {}
+            kwargs["execution_options"] = {"identity_token": token, **options}
+        return super()._execute_internal(statement, params, **kwargs)
+
+    def _told_apart(self, entity: t.Any, kwargs: dict[str, t.Any]) -> dict[str, t.Any]:
+        """The arguments of :meth:`get`; from a foreign bind it is another object."""
+        if kwargs.get("identity_token") is None:
+            token = self._foreign_bind(entity, kwargs.get("bind_arguments"))
+            if token is not None:
+                kwargs["identity_token"] = token
+        return kwargs
+
+    def _foreign_bind(self, wanted: t.Any, bind_arguments: t.Any) -> ForeignBind | None:
+        """What tells objects apart that the caller reads from another bind than their own.
+
+        :param wanted: a statement, a mapper or a model.
+        """
+        bind = bind_arguments.get("bind") if bind_arguments else None
+        if bind is None:
+            return None
+        if isinstance(wanted, sa.ClauseElement):
+            owners = self.router.reader.facts(wanted).owners
+        else:
+            owners = mapper_owners(wanted)
+        if len(owners) != 1:  # several: the caller says that one server has them all
+            return None
+        (owner,) = owners
+        bind_key = self.router.bind_key_of(bind.engine, owner)
+        if bind_key == owner:
+            return None
+        keep_apart(self, self.router.engines)
+        return ForeignBind(bind_key)
+
+    def _connection_for_instance(
+        self, mapper: t.Any = None, instance: t.Any = None, **kwargs: t.Any
+    ) -> sa.Connection:
+        token = sa.inspect(instance).identity_token
+        if isinstance(token, ForeignBind):
+            return self._connection_for_bind(self._primary(token.bind_key))
+        return self._connection_for_bind(self.get_bind(mapper=mapper))
+
     def _find_bind(
         self, mapper: t.Any | None, clause: t.Any | None, kwargs: dict[str, t.Any]
     ) -> sa.Engine | sa.Connection:
-        engines = self._db.engines
-        router = self._db.router
+        engines = self.router.engines
+        router = self.router
         if (
             len(engines) == len(self._db.metadatas) == 1
             and not router.replica_sets
@@ -316,14 +452,14 @@ class RoutingSession(UpstreamSession):
             return facts.not_read
         if scope is not None:  # rule 5
             return None if scope == "replica" else "scope"
-        if self._db.router.by_method and has_request_context():  # rule 6
+        if self.router.by_method and has_request_context():  # rule 6
             return None if request.method in READ_METHODS else "method"
         return "default"
 
     def _engine_for_unseen_work(self, bind_key: str | None) -> sa.Engine:
         """The engine for work that is not shown to us as a statement."""
         primary = self._primary(bind_key)
-        replicas = self._db.router.replica_sets.get(bind_key)
+        replicas = self.router.replica_sets.get(bind_key)
         if replicas is None:
             return primary
         role = self.role(bind_key)
@@ -337,15 +473,15 @@ class RoutingSession(UpstreamSession):
 
     def _pin_and_tell(self, bind_key: str | None, reason: str) -> None:
         """For work that does not come through :meth:`get_bind`."""
-        if bind_key in self._db.router.replica_sets:
+        if bind_key in self.router.replica_sets:
             self.pin(bind_key, reason)
-            name = self._db.router.primaries[bind_key]
+            name = self.router.primaries[bind_key]
             _send_routed(bind_key, "primary", name, self.role(bind_key).pinned or reason)
 
     def _connection_for_bind(
         self, engine: t.Any, execution_options: t.Any | None = None, **kwargs: t.Any
     ) -> sa.Connection:
-        replica = self._db.router.replicas.get(engine)
+        replica = self.router.replicas.get(engine)
         if replica is None or self.role(replica.bind_key).replica is not replica:
             # A primary's engine, or what the caller has given as a bind.
             if isinstance(engine, sa.Connection):
@@ -356,10 +492,10 @@ class RoutingSession(UpstreamSession):
         connection = self._replica_connection(replica.bind_key)
         if connection is None:
             primary = self._primary(replica.bind_key)
-            name = self._db.router.primaries[replica.bind_key]
+            name = self.router.primaries[replica.bind_key]
             _send_routed(replica.bind_key, "primary", name, "replica_down")
             return super()._connection_for_bind(primary, execution_options, **kwargs)
-        name = self._db.router.replicas[connection.engine].name
+        name = t.cast(Replica, self.role(replica.bind_key).replica).name
         reason = "read" if scope_role(self._db, replica.bind_key) is None else "scope"
         _send_routed(replica.bind_key, "replica", name, reason)
         if execution_options:
@@ -383,10 +519,10 @@ class RoutingSession(UpstreamSession):
                 return connection
             pools.discard(self.replica_connections.pop(bind_key))
         role = self.role(bind_key)
-        replicas = self._db.router.replica_sets[bind_key]
+        replicas = self.router.replica_sets[bind_key]
         while role.replica is not None:
             try:
-                connection = role.replica.engine.connect()
+                connection = self._replica_engine(role.replica).connect()
             except sa.exc.DBAPIError as error:
                 replicas.pause(role.replica)
                 _report_down(role.replica, error)
@@ -398,11 +534,14 @@ class RoutingSession(UpstreamSession):
         self.pin(bind_key, "replica_down")
         return None
 
+    def _replica_engine(self, replica: Replica) -> sa.Engine:
+        return pools.streaming(replica.engine) if self.is_stream else replica.engine
+
     def _given_or_own(self, bind_key: str | None) -> str | None:
         return bind_key if self.bind_key is ALL_BINDS else self.bind_key
 
     def _primary(self, bind_key: str | None) -> sa.Engine:
-        engines = self._db.engines
+        engines = self.router.engines
         if bind_key not in engines:
             raise UnknownBindError(bind_key, engines)
         return engines[bind_key]
@@ -413,13 +552,33 @@ def _note_connection(
     session: RoutingSession, transaction: sa_orm.SessionTransaction, connection: sa.Connection
 ) -> None:
     session.connections_in_use[connection] = None
+    if transaction.parent is None:
+        commit_in_order(transaction, session.router.place_of)
+
+
+@sa.event.listens_for(RoutingSession, "after_commit")
+def _note_commit(session: RoutingSession) -> None:
+    if not session.in_nested_transaction():
+        session.has_committed = True
+
+
+@sa.event.listens_for(RoutingSession, "detached_to_persistent")
+def _note_foreign_object(session: RoutingSession, instance: t.Any) -> None:
+    if isinstance(sa.inspect(instance).identity_token, ForeignBind):
+        keep_apart(session, session.router.engines)
 
 
 @sa.event.listens_for(RoutingSession, "after_transaction_end")
 def _transaction_ended(session: RoutingSession, transaction: sa_orm.SessionTransaction) -> None:
     if transaction.parent is None:
+        session.may_have_written = False
         session.connections_in_use.clear()
         session.release_replica_connections()
+
+
+def _only_reads(clause: t.Any) -> bool:
+    """Whether a statement is a SELECT that locks nothing. What its functions do is not asked."""
+    return getattr(clause, "is_select", False) and getattr(clause, "_for_update_arg", None) is None
 
 
 def _report_down(replica: Replica, error: sa.exc.DBAPIError) -> None:

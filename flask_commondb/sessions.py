@@ -1,7 +1,7 @@
 """The sessions of a context: made at first use, found again by all code, always closed.
 
 Owns: what Flask's ``g`` holds for one application context, the proxies ``db.session`` and
-``db.sessions[key]``, transactions, and :func:`close_all`.
+``db.sessions[key]``, and that all of it is closed: :func:`close_all`, and the net under it.
 
 Must not: decide where a statement goes, or key anything by ``id()``.
 """
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import typing as t
+import weakref
 
 import sqlalchemy as sa
 import sqlalchemy.orm as sa_orm
@@ -20,18 +22,18 @@ from flask import g
 from flask import has_app_context
 from flask import has_request_context
 from flask import request
-from sqlalchemy.orm.session import SessionTransactionOrigin
 
-from . import pools
-from . import signals
+from .closing import close_session
 from .errors import NoContextError
-from .errors import PartialCommitError
 from .errors import UnknownBindError
 from .procedures import ProcedureResult
 from .routing import ALL_BINDS
 from .routing import AllBinds
 from .routing import BindRole
+from .routing import Router
 from .routing import RoutingSession
+from .streams import Held
+from .transactions import is_in_block
 
 if t.TYPE_CHECKING:
     from .extension import CommonDB
@@ -41,13 +43,15 @@ _logger = logging.getLogger("flask_commondb")
 _Key = str | AllBinds | None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class ContextSessions:
     """All that one ``db`` keeps for one application context."""
 
     endpoint: str | None
+    router: Router
     sessions: dict[_Key, sa_orm.Session] = dataclasses.field(default_factory=dict)
     roles: dict[str | None, BindRole] = dataclasses.field(default_factory=dict)
+    streams: set[Held] = dataclasses.field(default_factory=set)
     #: The process that made it: a forked child starts with sessions of its own.
     pid: int = dataclasses.field(default_factory=os.getpid)
 
@@ -68,7 +72,7 @@ class ContextRegistry:
         self._key = key
 
     def __call__(self) -> t.Any:
-        sessions = _context_sessions(self._db).sessions
+        sessions = current_context(self._db).sessions
         session = sessions.get(self._key)
         if session is None:
             session = self._factory()
@@ -77,21 +81,20 @@ class ContextRegistry:
 
     def has(self) -> bool:
         """Whether the current context has made the session."""
-        return self._key in _context_sessions(self._db).sessions
+        return self._key in current_context(self._db).sessions
 
     def set(self, session: sa_orm.Session) -> None:
         """Make a session the current context's."""
-        context = _context_sessions(self._db)
+        context = current_context(self._db)
         if isinstance(session, RoutingSession):
-            session.bind_key = self._key
-            session.roles = context.roles
+            session.join_context(self._key, context.router, context.roles)
         elif self._key is not ALL_BINDS:
             session.bind = self._db.engines[self._key]
         context.sessions[self._key] = session
 
     def clear(self) -> None:
         """Forget the current context's session, without closing it."""
-        _context_sessions(self._db).sessions.pop(self._key, None)
+        current_context(self._db).sessions.pop(self._key, None)
 
 
 class SessionProxy(sa_orm.scoped_session[t.Any]):
@@ -119,7 +122,7 @@ class SessionProxy(sa_orm.scoped_session[t.Any]):
         """
         if self.registry.has():
             session = self.registry()
-            if session.info.get(_BLOCK):
+            if is_in_block(session):
                 raise sa.exc.InvalidRequestError(
                     "remove() inside db.transaction(): what follows would be lost, as the block"
                     " commits the session that it began with. Call it after the block."
@@ -163,51 +166,73 @@ class Sessions(t.Mapping["str | None", SessionProxy]):
         return len(self._db.engines)
 
 
-@contextlib.contextmanager
-def transaction(sessions: t.Mapping[_Key, sa_orm.Session]) -> t.Iterator[None]:
-    """Commit the sessions when the block ends, in order; roll all back when it raises.
+class OpenContexts:
+    """The contexts of one ``db`` that have sessions: the net under a teardown that does not come.
 
-    From its beginning on, its sessions read from the primary. Inside another block, or a
-    ``session.begin()``, a session's part is a savepoint.
-
-    :raises PartialCommitError: if a commit fails after another has succeeded.
+    A teardown may be interrupted, and a context may be dropped without having been popped. The
+    first is finished when the same thread begins its next context, the second is closed at the
+    moment in which Python frees the context.
     """
-    blocks = {key: _Block(session) for key, session in sessions.items()}
-    try:
+
+    def __init__(self) -> None:
+        self._open: dict[ContextSessions, weakref.ref[t.Any]] = {}
+        self._interrupted: list[ContextSessions] = []
+
+    def add(self, context: ContextSessions, owner: t.Any) -> None:
+        """Watch over a context.
+
+        :param owner: its ``g``, which goes when the context does.
+        """
+        while self._interrupted:
+            self.close(self._interrupted.pop())
+        self._open[context] = weakref.ref(owner, functools.partial(self._lost, context))
+
+    def close(self, context: ContextSessions, *, failed: bool = True) -> None:
+        """End all that a context holds; once more, if an interrupt comes in between.
+
+        :param failed: also what a response was to read from.
+        """
         try:
-            for block in blocks.values():
-                block.begin()
-            yield
-            for block in blocks.values():
-                block.session.flush()
-        except BaseException as error:
-            for block in blocks.values():
-                block.rollback(error)
+            with contextlib.ExitStack() as stack:  # an interrupt must not keep the others open
+                for session in reversed(context.sessions.values()):
+                    stack.callback(close_session, session, context.endpoint)
+                for held in list(context.streams):
+                    if failed or not held.has_response:
+                        stack.callback(held.close)
+        except BaseException:
+            self._interrupted.append(context)
             raise
-        _commit(blocks)
-    finally:
-        for block in blocks.values():
-            block.end()
+        self._open.pop(context, None)
+
+    def forget(self, context: ContextSessions) -> None:
+        """Leave a context alone: it is the parent process's."""
+        self._open.pop(context, None)
+        _inherited.append(context)
+
+    def _lost(self, context: ContextSessions, owner: weakref.ref[t.Any]) -> None:
+        if context in self._open:
+            if context.pid == os.getpid():
+                self.close(context)
+            else:
+                self.forget(context)
 
 
-def close_all(db: CommonDB) -> None:
+def close_all(db: CommonDB, error: BaseException | None = None) -> None:
     """End all that the current context holds of a database. Raises no ``Exception``.
 
     Forgets first, so that nothing that fails to close can be handed out again; then closes each
     connection and each session in a try of its own. A connection that cannot be closed is
     invalidated, logged and signalled with its bind key.
+
+    :param error: with which the context ends: then there is no response that reads from a stream.
     """
     contexts = g.get(_NAME)
     context = contexts.pop(db, None) if contexts else None
-    if context is None:
-        return
-    if context.pid != os.getpid():
-        # The parent's connections: to close them here would be to talk on its sockets.
-        _inherited.append(context)
-        return
-    with contextlib.ExitStack() as stack:  # a timeout or an exit must not keep the others open
-        for session in reversed(context.sessions.values()):
-            stack.callback(close_session, session, context.endpoint)
+    if context is not None:
+        if context.pid == os.getpid():
+            db.open_contexts.close(context, failed=error is not None)
+        else:  # to close the parent's connections would be to talk on its sockets
+            db.open_contexts.forget(context)
 
 
 def close_scoped(proxy: SessionProxy) -> None:
@@ -223,151 +248,31 @@ def close_scoped(proxy: SessionProxy) -> None:
         close_session(session)
 
 
-def close_session(session: sa_orm.Session, endpoint: str | None = None) -> None:
-    """Close one session and give back its connections, whatever state they are in."""
-    with contextlib.ExitStack() as stack:  # all of it, in reverse order, whatever one part raises
-        stack.callback(_close_objects, session, endpoint)
-        if isinstance(session, RoutingSession):
-            for connection in reversed(session.own_connections()):
-                stack.callback(_close_connection, session, connection, endpoint)
-            stack.callback(session.release_replica_connections)
+def current_context(db: CommonDB) -> ContextSessions:
+    """What a database keeps for the current context.
+
+    :raises NoContextError: if there is none.
+    """
+    if not has_app_context():
+        raise NoContextError(
+            "Working outside of application context: a session belongs to one. In a request it is"
+            " there; elsewhere wrap the code in 'with db.scope(app):' or 'with app.app_context():'."
+        )
+    contexts: dict[CommonDB, ContextSessions] = g.setdefault(_NAME, {})
+    context = contexts.get(db)
+    if context is not None and context.pid != os.getpid():
+        db.open_contexts.forget(contexts.pop(db))
+        context = None
+    if context is None:
+        endpoint = request.endpoint if has_request_context() else None
+        context = ContextSessions(endpoint, db.router)
+        db.open_contexts.add(context, g._get_current_object())
+        contexts[db] = context
+    return context
 
 
 #: The name under which everything stands on ``g``.
 _NAME = "_commondb"
 
-#: In ``session.info``: a transaction block has the session's transaction open.
-_BLOCK = "flask_commondb.transaction"
-
-#: In ``session.info``: a savepoint of the block could not be rolled back.
-_BROKEN = "flask_commondb.broken"
-
 #: Kept, because being collected would close them.
 _inherited: list[ContextSessions] = []
-
-
-def _context_sessions(db: CommonDB) -> ContextSessions:
-    if not has_app_context():
-        raise NoContextError(
-            "Working outside of application context: a session belongs to one. In a request it is"
-            " there; elsewhere wrap the code in 'with app.app_context():'."
-        )
-    contexts: dict[CommonDB, ContextSessions] = g.setdefault(_NAME, {})
-    context = contexts.get(db)
-    if context is not None and context.pid != os.getpid():
-        _inherited.append(contexts.pop(db))
-        context = None
-    if context is None:
-        endpoint = request.endpoint if has_request_context() else None
-        context = contexts[db] = ContextSessions(endpoint)
-    return context
-
-
-def _close_connection(
-    session: RoutingSession, connection: sa.Connection, endpoint: str | None
-) -> None:
-    error = pools.close(connection)
-    if error is not None:
-        _report(session, connection.engine, endpoint, error)
-
-
-def _close_objects(session: sa_orm.Session, endpoint: str | None) -> None:
-    try:
-        session.close()
-    except Exception as error:
-        _report(session, None, endpoint, error)
-        with contextlib.suppress(Exception):
-            session.invalidate()
-
-
-class _Block:
-    """One session's part of a transaction block: its transaction, or a savepoint in it."""
-
-    def __init__(self, session: sa_orm.Session) -> None:
-        self.session = session
-        self._savepoint: sa_orm.SessionTransaction | None = None
-        #: Whether its commit is durable; that of a savepoint is not.
-        self.is_outermost = False
-
-    def begin(self) -> None:
-        if isinstance(self.session, RoutingSession):
-            self.session.pin_all("transaction")
-        current = self.session.get_transaction()
-        begun = current is not None and current.origin is SessionTransactionOrigin.BEGIN
-        if begun or self.session.in_nested_transaction() or self.session.info.get(_BLOCK):
-            self._savepoint = self.session.begin_nested()
-            self._savepoint.__enter__()
-        else:
-            if current is None and not self.session.autobegin:
-                self.session.begin()
-            self.session.info[_BLOCK] = self.is_outermost = True
-
-    def commit(self) -> None:
-        if self._savepoint is None:
-            if self.session.info.pop(_BROKEN, False):
-                raise sa.exc.InvalidRequestError(
-                    "The transaction had ended before a savepoint in it was rolled back: something"
-                    " has committed or rolled back underneath. Nothing more is committed."
-                )
-            self.session.commit()
-        else:
-            savepoint, self._savepoint = self._savepoint, None
-            savepoint.__exit__(None, None, None)
-
-    def rollback(self, error: BaseException) -> None:
-        try:  # the error that led here is the one to show
-            if self.is_outermost:
-                self.session.rollback()
-            elif self._savepoint is not None:
-                savepoint, self._savepoint = self._savepoint, None
-                savepoint.__exit__(type(error), error, error.__traceback__)
-        except Exception:
-            if not self.is_outermost:
-                self.session.info[_BROKEN] = True
-
-    def end(self) -> None:
-        if self.is_outermost:
-            self.session.info.pop(_BLOCK, None)
-            self.session.info.pop(_BROKEN, None)
-
-
-def _commit(blocks: t.Mapping[_Key, _Block]) -> None:
-    committed: list[t.Any] = []
-    pending: list[t.Any] = list(blocks)
-    for key, block in blocks.items():
-        pending.remove(key)
-        try:
-            block.commit()
-        except BaseException as error:
-            for other in (key, *pending):
-                blocks[other].rollback(error)
-            if not committed or not isinstance(error, Exception):
-                raise
-            raise PartialCommitError(committed, t.cast(t.Any, key), pending) from error
-        if block.is_outermost:
-            committed.append(key)
-
-
-def _report(
-    session: sa_orm.Session, engine: sa.Engine | None, endpoint: str | None, error: Exception
-) -> None:
-    bind_key = _bind_key_of(session, engine)
-    _logger.error(
-        "A session of bind %r, used by endpoint %r, could not be closed; its connection was"
-        " thrown away: %s",
-        bind_key,
-        endpoint,
-        getattr(error, "orig", None) or type(error).__name__,
-        extra={"bind_key": bind_key, "endpoint": endpoint},
-    )
-    signals.send(signals.session_close_failed, bind_key=bind_key, endpoint=endpoint, error=error)
-
-
-def _bind_key_of(session: sa_orm.Session, engine: sa.Engine | None) -> str | None:
-    if isinstance(session, RoutingSession):
-        for bind_key, known in session._db.engines.items():
-            if known is engine:
-                return bind_key
-        if session.bind_key is not ALL_BINDS:
-            return session.bind_key
-    return None

@@ -13,6 +13,7 @@ import typing as t
 
 from blinker import NamedSignal
 from blinker import Namespace
+from flask import Flask
 from flask import current_app
 
 _logger = logging.getLogger("flask_commondb")
@@ -32,20 +33,34 @@ replica_down = _signals.signal("replica-down")
 #: Sent once for each connection with ``bind_key``, ``endpoint`` (``str | None``) and ``error``.
 session_close_failed = _signals.signal("session-close-failed")
 
+#: A connection was still out of its pool when the context in which it was taken had ended; it was
+#: thrown away. Sent while ``COMMONDB_LEAK_WATCH`` is on, with ``bind_key`` and ``holder``
+#: (a :class:`.Holder`).
+connection_leaked = _signals.signal("connection-leaked")
+
+#: A unit of work will be run again from its beginning: see :meth:`.CommonDB.transactional`. Sent
+#: with ``bind_keys`` (a tuple; empty for ``db.session``), ``attempt`` (the one that has failed,
+#: from 1), ``reason`` (``"deadlock"``, ``"lock_timeout"`` or ``"serialization"``) and ``error``.
+unit_repeated = _signals.signal("unit-repeated")
+
 #: A stored procedure was called. Sent with ``bind_key``, ``name`` and ``error`` (``None`` when it
 #: succeeded).
 procedure_called = _signals.signal("procedure-called")
 
 
-def send(signal: NamedSignal, **values: t.Any) -> None:
-    """Send a signal for the current app, if anyone listens.
+def send(signal: NamedSignal, app: Flask | None = None, **values: t.Any) -> None:
+    """Send a signal, if anyone listens.
 
     A receiver that raises is logged, and changes nothing for the request.
+
+    :param app: the sender; by default the current app.
 
     :meta private:
     """
     if signal.receivers:
         try:
-            signal.send(current_app._get_current_object(), **values)  # type: ignore[attr-defined]
+            if app is None:
+                app = current_app._get_current_object()  # type: ignore[attr-defined]
+            signal.send(app, **values)
         except Exception:
             _logger.exception("A receiver of the signal %r has raised.", signal.name)

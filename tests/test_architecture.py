@@ -19,10 +19,13 @@ from flask_commondb import errors
 #: Lowest first. A module imports from lower layers only, never from its own.
 LAYERS = (
     {"errors", "signals"},
-    {"dialects", "scopes", "statements"},
+    {"commits", "dialects", "holders", "identities", "scopes", "statements"},
     {"config", "pools", "replicas", "procedures"},
     {"routing"},
+    {"closing", "transactions"},
+    {"streams"},
     {"sessions"},
+    {"jobs"},
     {"extension"},
     {"__init__"},
 )

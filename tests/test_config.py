@@ -147,7 +147,8 @@ SECRET = "sesame0penup"
             {**GOOD, "COMMONDB_WITH_SOMETHING_QUITE_DIFFERENT": 1},
             [
                 "COMMONDB_WITH_SOMETHING_QUITE_DIFFERENT: there is no such setting; known are"
-                " COMMONDB_REPLICAS, COMMONDB_ROUTING, COMMONDB_READ_FUNCTIONS."
+                " COMMONDB_REPLICAS, COMMONDB_ROUTING, COMMONDB_READ_FUNCTIONS,"
+                " COMMONDB_LEAK_WATCH."
             ],
             id="unknown setting",
         ),
@@ -606,6 +607,7 @@ def test_defaults_are_written_back() -> None:
         "COMMONDB_REPLICAS": None,
         "COMMONDB_ROUTING": "auto",
         "COMMONDB_READ_FUNCTIONS": (),
+        "COMMONDB_LEAK_WATCH": False,
     }
 
 
@@ -615,6 +617,7 @@ def test_what_is_set_stays() -> None:
         "COMMONDB_REPLICAS": [REPLICA],
         "COMMONDB_ROUTING": "explicit",
         "COMMONDB_READ_FUNCTIONS": ["who"],
+        "COMMONDB_LEAK_WATCH": True,
     }
     flask_app = make_app({**GOOD, **own})
     CommonDB(flask_app)

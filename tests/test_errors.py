@@ -15,8 +15,11 @@ from flask_commondb.errors import CommonDBError
 from flask_commondb.errors import ConfigError
 from flask_commondb.errors import CrossBindError
 from flask_commondb.errors import NoContextError
+from flask_commondb.errors import OpenTransactionError
 from flask_commondb.errors import PartialCommitError
+from flask_commondb.errors import PoolExhausted
 from flask_commondb.errors import ProcedureNotSupported
+from flask_commondb.errors import TwoPhaseNotSupported
 from flask_commondb.errors import UnknownBindError
 from flask_commondb.errors import WrongBindError
 
@@ -30,6 +33,11 @@ ERRORS: list[tuple[CommonDBError, tuple[type[Exception], ...]]] = [
     (CrossBindError({None: "a", "orders": "b"}), (sa_exc.UnboundExecutionError,)),
     (WrongBindError("orders", None, "a"), (sa_exc.UnboundExecutionError,)),
     (PartialCommitError(["a"], "b", ["c"]), (sa_exc.InvalidRequestError,)),
+    (PartialCommitError(["a"], "b", [], ["b"]), (sa_exc.InvalidRequestError,)),
+    (OpenTransactionError("work()", "a", "has changes"), (sa_exc.InvalidRequestError,)),
+    (TwoPhaseNotSupported("no two phases"), (NotImplementedError,)),
+    (PoolExhausted("a", "db:3306", 15), (sa_exc.TimeoutError,)),
+    (PoolExhausted(None, "db:3306", 2, ["endpoint 'leaky'"]), (sa_exc.TimeoutError,)),
     (ProcedureNotSupported("no procedures"), (NotImplementedError,)),
 ]
 

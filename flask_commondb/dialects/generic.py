@@ -71,9 +71,31 @@ class Generic:
         """Whether a transaction or a result is open on this autocommit connection. No I/O."""
         return False
 
+    def is_reading(self, dbapi_connection: DBAPIConnection) -> bool:
+        """Whether a result is still on its way, row by row, as no cursor was asked to. No I/O."""
+        return False
+
+    def failure(self, error: BaseException) -> str | None:
+        """Why a unit of work has failed that would succeed when it is run again.
+
+        :returns: ``"deadlock"``, ``"lock_timeout"``, ``"serialization"``, or ``None``.
+        """
+        original = error.orig if isinstance(error, sa.exc.DBAPIError) else error
+        if isinstance(original, self.dialect.loaded_dbapi.Error):
+            return self.classify(original)
+        return None
+
+    def classify(self, error: t.Any) -> str | None:
+        """:meth:`failure`, of the driver's own error."""
+        return None
+
     def is_autocommit(self, dbapi_connection: DBAPIConnection) -> bool | None:
         """Whether each statement is committed by itself, ``None`` if that is not known. No I/O."""
         return None
+
+    def why_no_twophase(self, engine: sa.Engine) -> str | None:
+        """Why the server cannot prepare a transaction, ``None`` if it can."""
+        return f"{self.dialect.name} servers are not known to prepare transactions"
 
     def parameters(
         self, connection: sa.Connection, schema: str | None, name: str

@@ -38,6 +38,10 @@ WHERE r.routine_schema = COALESCE(%s, DATABASE()) AND r.routine_name = %s
 ORDER BY p.ordinal_position
 """
 
+#: By error number. 1020, a row that has changed since it was read, is MariaDB's name for it when
+#: ``innodb_snapshot_isolation`` is on.
+_FAILURES = {1213: "deadlock", 1205: "lock_timeout", 1020: "serialization"}
+
 #: No such procedure; wrong number of arguments; an argument for OUT that is no variable.
 _STALE_SIGNATURE = ((1305,), (1318,), (1414,))
 
@@ -54,6 +58,9 @@ class MySQL(Generic):
         dbapi = self.dialect.dbapi
         if not own and dbapi is not None and dbapi.__name__ == "pymysql":
             self.dialect.connect = connection_class()  # type: ignore[method-assign]
+
+    def why_no_twophase(self, engine: sa.Engine) -> str | None:
+        return None
 
     def parameters(
         self, connection: sa.Connection, schema: str | None, name: str
@@ -133,8 +140,14 @@ class MySQL(Generic):
     def is_left_open(self, dbapi_connection: DBAPIConnection) -> bool:
         if getattr(dbapi_connection, "server_status", 0) & _IN_TRANSACTION:
             return True
+        return self.is_reading(dbapi_connection)
+
+    def is_reading(self, dbapi_connection: DBAPIConnection) -> bool:
         result = getattr(dbapi_connection, "_result", None)
         return bool(getattr(result, "unbuffered_active", False))
+
+    def classify(self, error: t.Any) -> str | None:
+        return _FAILURES.get(error.args[0]) if error.args else None
 
     def is_autocommit(self, dbapi_connection: DBAPIConnection) -> bool | None:
         # A SELECT does not update the status, but it cannot change this bit either.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing as t
 
+import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
 from .generic import Generic
@@ -11,6 +12,10 @@ from .generic import run
 
 #: libpq's PQTRANS_IDLE: no transaction is open.
 _IDLE = 0
+
+
+#: By SQLSTATE.
+_FAILURES = {"40P01": "deadlock", "55P03": "lock_timeout", "40001": "serialization"}
 
 
 class PostgreSQL(Generic):
@@ -24,6 +29,15 @@ class PostgreSQL(Generic):
 
     def is_autocommit(self, dbapi_connection: DBAPIConnection) -> bool | None:
         return t.cast("bool | None", getattr(dbapi_connection, "autocommit", None))
+
+    def why_no_twophase(self, engine: sa.Engine) -> str | None:
+        with engine.connect() as connection:
+            limit = connection.scalar(sa.text("SHOW max_prepared_transactions"))
+        return "its max_prepared_transactions is 0" if limit == "0" else None
+
+    def classify(self, error: t.Any) -> str | None:
+        state: t.Any = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+        return _FAILURES.get(state)
 
     def is_left_open(self, dbapi_connection: DBAPIConnection) -> bool:
         info = getattr(dbapi_connection, "info", None)

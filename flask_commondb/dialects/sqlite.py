@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import typing as t
 
 import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -29,6 +30,10 @@ class SQLite(Generic):
     def hold_read_only(self, dbapi_connection: DBAPIConnection) -> None:
         # Not "mode=ro" in the URL: that one cannot open a file that is still to be created.
         run(dbapi_connection, "PRAGMA query_only=ON")
+
+    def classify(self, error: t.Any) -> str | None:
+        text = str(error)
+        return "lock_timeout" if "locked" in text or "busy" in text else None
 
     def is_left_open(self, dbapi_connection: DBAPIConnection) -> bool:
         return bool(getattr(dbapi_connection, "in_transaction", False))
