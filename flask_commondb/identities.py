@@ -52,11 +52,13 @@ _IS_KEPT_APART = "flask_commondb.foreign"
 
 
 def _token(state: sa_orm.ORMExecuteState) -> t.Any:
-    if state.lazy_loaded_from is not None:
-        return state.lazy_loaded_from.identity_token
-    options: t.Any = None
+    """The token of the object, or of the statement, for which something is loaded."""
     if state.is_select:
-        options = state.load_options
-    elif state.is_update or state.is_delete:
-        options = state.update_delete_options
-    return getattr(options, "_identity_token", None)
+        if state.lazy_loaded_from is not None:
+            return state.lazy_loaded_from.identity_token
+        options: t.Any = state.load_options
+        # Of an eager load: the statement that it belongs to.
+        return getattr(options._sa_top_level_orm_context, "identity_token", options._identity_token)
+    if state.is_update or state.is_delete:
+        return t.cast(t.Any, state.update_delete_options)._identity_token
+    return None

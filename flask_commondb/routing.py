@@ -338,11 +338,24 @@ class RoutingSession(UpstreamSession):
                 )
 
     def _execute_internal(self, statement: t.Any, params: t.Any = None, **kwargs: t.Any) -> t.Any:
+        options = kwargs.get("execution_options") or {}
         token = self._foreign_bind(statement, kwargs.get("bind_arguments"))
-        if token is not None:
-            options = kwargs.get("execution_options") or {}
+        given = getattr(options.get("_sa_orm_load_options"), "_identity_token", None)
+        if token is not None and given is None:
             kwargs["execution_options"] = {"identity_token": token, **options}
         return super()._execute_internal(statement, params, **kwargs)
+
+    def _identity_lookup(  # type: ignore[override]
+        self,
+        mapper: t.Any,
+        primary_key_identity: t.Any,
+        identity_token: t.Any = None,
+        **kwargs: t.Any,
+    ) -> t.Any:
+        parent = kwargs.get("lazy_loaded_from")
+        if parent is not None and isinstance(parent.identity_token, ForeignBind):
+            identity_token = parent.identity_token
+        return super()._identity_lookup(mapper, primary_key_identity, identity_token, **kwargs)
 
     def _told_apart(self, entity: t.Any, kwargs: dict[str, t.Any]) -> dict[str, t.Any]:
         """The arguments of :meth:`get`; from a foreign bind it is another object."""
