@@ -32,21 +32,20 @@ class World:
         class Base(so.DeclarativeBase):
             pass
 
-        db: t.Any = CommonDB(self.app, model_class=Base)
-        self.db = db
+        self.db: t.Any = CommonDB(self.app, model_class=Base)
 
-        class Item(db.Model):  # type: ignore[misc]
+        class Item(self.db.Model):  # type: ignore[name-defined, misc]
             id: so.Mapped[int] = so.mapped_column(primary_key=True)
             name: so.Mapped[str]
             parts: so.Mapped[list[t.Any]] = so.relationship("Part", back_populates="item")
 
-        class Part(db.Model):  # type: ignore[misc]
+        class Part(self.db.Model):  # type: ignore[name-defined, misc]
             id: so.Mapped[int] = so.mapped_column(primary_key=True)
             name: so.Mapped[str]
             item_id: so.Mapped[int] = so.mapped_column(sa.ForeignKey("item.id"))
             item: so.Mapped[t.Any] = so.relationship("Item", back_populates="parts")
 
-        class Other(db.Model):  # type: ignore[misc]
+        class Other(self.db.Model):  # type: ignore[name-defined, misc]
             __bind_key__ = "b"
             id: so.Mapped[int] = so.mapped_column(primary_key=True)
 
@@ -55,9 +54,9 @@ class World:
         self.Part: t.Any = Part
         self.Other: t.Any = Other
         with self.app.app_context():
-            db.create_all()
-            Item.metadata.create_all(db.engines["b"])
-            for key, engine in db.engines.items():
+            self.db.create_all()
+            Item.metadata.create_all(self.db.engines["b"])
+            for key, engine in self.db.engines.items():
                 with engine.begin() as connection:
                     place = key or "default"
                     connection.execute(sa.insert(Item.__table__).values(id=1, name=place))
@@ -67,9 +66,9 @@ class World:
 
     def read_from_b(self, statement: t.Any = None) -> t.Any:
         """The item in "b", read through the session of all binds."""
-        return self.db.session.execute(
-            sa.select(self.Item) if statement is None else statement, bind_arguments=self.in_b
-        ).scalar_one()
+        if statement is None:
+            statement = sa.select(self.Item)
+        return self.db.session.execute(statement, bind_arguments=self.in_b).scalar_one()
 
     @property
     def in_b(self) -> dict[str, t.Any]:
