@@ -178,6 +178,9 @@ class OpenContexts:
         self._open: dict[ContextSessions, weakref.ref[t.Any]] = {}
         self._interrupted: list[ContextSessions] = []
 
+    def __len__(self) -> int:
+        return len(self._open)
+
     def add(self, context: ContextSessions, owner: t.Any) -> None:
         """Watch over a context.
 
@@ -226,6 +229,8 @@ def close_all(db: CommonDB, error: BaseException | None = None) -> None:
 
     :param error: with which the context ends: then there is no response that reads from a stream.
     """
+    if not has_app_context():  # a generator that has one is collected in another thread
+        return
     contexts = g.get(_NAME)
     context = contexts.pop(db, None) if contexts else None
     if context is not None:
