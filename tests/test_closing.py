@@ -111,7 +111,8 @@ def test_a_generator_that_ends_in_another_thread(lab: Lab) -> None:
     thread = threading.Thread(target=next, args=(generator,))
     thread.start()
     thread.join()
-    with pytest.raises(LookupError, match="flask.app_ctx"):  # Flask's own: the context is not this thread's
+    # Flask's own: the context is not this thread's.
+    with pytest.raises(LookupError, match=r"flask\.app_ctx"):
         generator.close()
     assert lab.checked_out() == 3
     gc.collect()

@@ -196,6 +196,12 @@ def test_metadata_knows_its_bind() -> None:
         ),
         (so.Session._connection_for_bind, "self, engine, execution_options=None, **kw"),
         (so.Session._autobegin_t, "self, begin=False"),
+        (
+            so.Session._identity_lookup,
+            "self, mapper, primary_key_identity, identity_token=None,"
+            " passive=symbol('PASSIVE_OFF'), lazy_loaded_from=None,"
+            " execution_options=immutabledict({}), bind_arguments=None",
+        ),
         (so.Session.connection, "self, bind_arguments=None, execution_options=None"),
         (so.scoped_session.__init__, "self, session_factory, scopefunc=None"),
         (DefaultDialect.connect, "self, *cargs, **cparams"),
@@ -288,6 +294,121 @@ def test_origin_of_a_transaction(session: RecordingSession) -> None:
         with session.begin_nested() as nested:
             assert nested.origin is SessionTransactionOrigin.BEGIN_NESTED
             assert nested.parent is outer
+
+
+def test_connections_of_a_transaction(engine: sa.Engine) -> None:
+    """Where a transaction keeps what it will commit: under the connection, and under its engine."""
+    with contextlib.closing(so.Session(engine)) as session:
+        connection = session.connection()
+        transaction: t.Any = transaction_of(session)
+        entry = (connection, connection.get_transaction(), True, True)
+        assert transaction._connections == {connection: entry, connection.engine: entry}
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback", "close"])
+def test_transactions_end_where_they_are_kept(engine: sa.Engine, end: str) -> None:
+    """A commit, a rollback and a close go, once, to what stands in a transaction's entries."""
+    seen: list[str] = []
+
+    class Recorder:
+        def __init__(self, begun: t.Any) -> None:
+            self.begun = begun
+
+        def __getattr__(self, name: str) -> t.Any:
+            seen.append(name)
+            return getattr(self.begun, name)
+
+    with contextlib.closing(so.Session(engine)) as session:
+        connection = session.connection()
+        recorder = Recorder(connection.get_transaction())
+        entries = t.cast(t.Any, transaction_of(session))._connections
+        entries.update(dict.fromkeys(entries, (connection, recorder, True, True)))
+        getattr(session, end)()
+    assert [name for name in seen if name != "is_active"] == [end]
+
+
+def test_every_execution_is_seen(engine: sa.Engine) -> None:
+    """All ways to execute in a session come through ``_execute_internal``, with these keywords."""
+    seen: list[set[str]] = []
+
+    class Session(so.Session):
+        def _execute_internal(self, statement: t.Any, params: t.Any = None, **more: t.Any) -> t.Any:
+            seen.append(set(more))
+            return super()._execute_internal(statement, params, **more)
+
+    with contextlib.closing(Session(engine)) as session:
+        session.execute(sa.select(1))
+        session.scalars(sa.select(1))
+        session.scalar(sa.select(1))
+        session.query(Author).all()
+        session.get(Author, 1)
+    assert len(seen) == 5
+    assert all({"bind_arguments", "execution_options"} & names for names in seen)
+
+
+@pytest.mark.parametrize("load", [so.lazyload, so.selectinload, so.subqueryload])
+def test_tokens_of_what_is_loaded(engine: sa.Engine, load: t.Callable[..., t.Any]) -> None:
+    """What is loaded for an object or a statement tells where its identity token is."""
+    tokens: list[t.Any] = []
+
+    def note(state: so.ORMExecuteState) -> None:
+        options: t.Any = state.load_options
+        tokens.append(
+            (
+                getattr(state.lazy_loaded_from, "identity_token", None),
+                options._identity_token,
+                getattr(options._sa_top_level_orm_context, "identity_token", None),
+            )
+        )
+
+    with engine.begin() as connection:
+        connection.execute(sa.insert(AUTHORS).values(id=1, name="first"))
+    with contextlib.closing(so.Session(engine)) as session:
+        sa.event.listen(session, "do_orm_execute", note)
+        statement = sa.select(Author).options(load(Author.books))
+        author = session.scalars(statement, execution_options={"identity_token": "x"}).one()
+        assert sa.inspect(author).identity_token == "x"
+        assert author.books == []
+    assert tokens[0] == (None, "x", None)
+    assert any("x" in token for token in tokens[1:])
+    with engine.begin() as connection:
+        connection.execute(sa.delete(AUTHORS))
+
+
+def test_connection_of_an_instance(engine: sa.Engine) -> None:
+    """While ``connection_callable`` is set, a flush asks it for each object's connection."""
+    with contextlib.closing(so.Session(engine)) as session:
+        asked: list[t.Any] = []
+
+        def connection_of(mapper: t.Any = None, instance: t.Any = None) -> sa.Connection:
+            asked.append(instance)
+            return session.connection()
+
+        author = Author(id=1, name="x")
+        session.add(author)
+        session.connection_callable = t.cast(t.Any, connection_of)
+        session.flush()
+        assert asked == [author]
+
+
+def test_a_queue_pool(engine: sa.Engine) -> None:
+    """A pool hands out what ``_do_get`` returns, and is made anew from its class by dispose()."""
+
+    class Pool(sa.QueuePool):
+        taken = 0
+
+        def _do_get(self) -> t.Any:
+            Pool.taken += 1
+            return super()._do_get()
+
+    own = sa.create_engine("sqlite://", poolclass=sa.QueuePool, pool_size=2, max_overflow=1)
+    own.pool.__class__ = Pool
+    for _ in range(2):
+        with own.connect():
+            pool = t.cast(Pool, own.pool)
+            assert (pool.checkedout(), pool.size(), pool._max_overflow) == (1, 2, 1)
+        own.dispose()
+    assert Pool.taken == 2
 
 
 @pytest.mark.parametrize("how", ["class", "sessionmaker", "type"])
