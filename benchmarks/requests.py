@@ -126,11 +126,11 @@ def measure(clients: dict[str, Client], rounds: int) -> dict[str, list[float]]:
 def show(title: str, medians: dict[str, list[float]]) -> None:
     """Print one table."""
     peer = next(iter(medians.values()))
-    print(f"\n{title:28}  median us   min   max   ratio")
+    print(f"\n{title:36}  median us   min   max   ratio")
     for name, values in medians.items():
         ratio = statistics.median(v / p for v, p in zip(values, peer, strict=True))
         print(
-            f"  {name:26}  {statistics.median(values):9.0f} {min(values):5.0f}"
+            f"  {name:34}  {statistics.median(values):9.0f} {min(values):5.0f}"
             f" {max(values):5.0f}   {ratio:5.2f}"
         )
 

@@ -452,6 +452,8 @@ class CommonDB(SQLAlchemy):
 
         Before Flask 3.2 the first teardown function that raises keeps all later ones from running.
         """
+        # Upstream has registered it; once, and after all others, is enough.
+        app.teardown_appcontext_funcs.remove(self._teardown_session)
         original = app.do_teardown_appcontext
         if getattr(original, "closes_for", None) is self:  # init_app has run before
             return
@@ -463,10 +465,7 @@ class CommonDB(SQLAlchemy):
             except BaseException as error:
                 self._teardown_session(error)
                 raise
-            else:
-                self._teardown_session(None)
-            finally:
-                self._routers[app].watch.take_back(app)
+            self._teardown_session(None)
 
         do_teardown_appcontext.closes_for = self  # type: ignore[attr-defined]
         app.do_teardown_appcontext = do_teardown_appcontext  # type: ignore[method-assign]

@@ -31,6 +31,9 @@ from sqlalchemy.pool import PoolProxiedConnection
 from . import signals
 from .errors import PoolExhausted
 
+#: The name under which everything stands on ``g``: sessions by their ``db``, and the leak watch.
+ON_G = "_commondb"
+
 _logger = logging.getLogger("flask_commondb")
 
 
@@ -136,6 +139,7 @@ class LeakWatch(NoWatch):
             )
             if has_app_context():
                 holder._context = weakref.ref(g._get_current_object())
+                g.setdefault(ON_G, {})[LeakWatch] = self
             self._holders[entry] = holder
 
         @sa.event.listens_for(engine, "checkin")

@@ -18,6 +18,7 @@ import weakref
 
 import sqlalchemy as sa
 import sqlalchemy.orm as sa_orm
+from flask import current_app
 from flask import g
 from flask import has_app_context
 from flask import has_request_context
@@ -26,6 +27,8 @@ from flask import request
 from .closing import close_session
 from .errors import NoContextError
 from .errors import UnknownBindError
+from .holders import ON_G
+from .holders import LeakWatch
 from .procedures import ProcedureResult
 from .routing import ALL_BINDS
 from .routing import AllBinds
@@ -231,13 +234,18 @@ def close_all(db: CommonDB, error: BaseException | None = None) -> None:
     """
     if not has_app_context():  # a generator that has one is collected in another thread
         return
-    contexts = g.get(_NAME)
-    context = contexts.pop(db, None) if contexts else None
+    found = g.get(ON_G)
+    if not found:
+        return
+    context: ContextSessions | None = found.pop(db, None)
     if context is not None:
         if context.pid == os.getpid():
             db.open_contexts.close(context, failed=error is not None)
         else:  # to close the parent's connections would be to talk on its sockets
             db.open_contexts.forget(context)
+    watch: LeakWatch | None = found.pop(LeakWatch, None)
+    if watch is not None:
+        watch.take_back(current_app._get_current_object())  # type: ignore[attr-defined]
 
 
 def close_scoped(proxy: SessionProxy) -> None:
@@ -263,7 +271,7 @@ def current_context(db: CommonDB) -> ContextSessions:
             "Working outside of application context: a session belongs to one. In a request it is"
             " there; elsewhere wrap the code in 'with db.scope(app):' or 'with app.app_context():'."
         )
-    contexts: dict[CommonDB, ContextSessions] = g.setdefault(_NAME, {})
+    contexts: dict[CommonDB, ContextSessions] = g.setdefault(ON_G, {})
     context = contexts.get(db)
     if context is not None and context.pid != os.getpid():
         db.open_contexts.forget(contexts.pop(db))
@@ -275,9 +283,6 @@ def current_context(db: CommonDB) -> ContextSessions:
         contexts[db] = context
     return context
 
-
-#: The name under which everything stands on ``g``.
-_NAME = "_commondb"
 
 #: Kept, because being collected would close them.
 _inherited: list[ContextSessions] = []

@@ -84,7 +84,9 @@ def _unpack(directory: pathlib.Path) -> pathlib.Path:
         members = [member for member in source if member.isreg() and "/tests/" in member.name]
         source.extractall(directory, members)
     (suite,) = directory.glob("*/tests")
-    (suite.parent / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    # Its models use a function that Python 3.12 deprecates.
+    filters = "error\n    ignore:datetime.datetime.utcnow:DeprecationWarning"
+    (suite.parent / "pytest.ini").write_text(f"[pytest]\nfilterwarnings =\n    {filters}\n")
     return suite.parent
 
 
