@@ -29,12 +29,34 @@ def close_session(session: sa_orm.Session, endpoint: str | None = None) -> None:
 
     :param endpoint: of the request that has used it, for the report.
     """
-    with contextlib.ExitStack() as stack:  # all of it, in reverse order, whatever one part raises
-        stack.callback(_close_objects, session, endpoint)
-        if isinstance(session, RoutingSession):
-            for connection in reversed(session.own_connections()):
-                stack.callback(_close_connection, session, connection, endpoint)
-            stack.callback(session.release_replica_connections)
+    connections = []
+    if isinstance(session, RoutingSession):
+        if session.replica_connections:
+            session.release_replica_connections()
+        connections = session.own_connections()
+    interrupt: BaseException | None = None  # it must not keep the others open
+    if (
+        isinstance(session, RoutingSession) and len(connections) > 1
+    ):  # a session stops at the first one that raises
+        for connection in connections:
+            try:
+                _close_connection(session, connection, endpoint)
+            except BaseException as error:
+                interrupt = error
+    try:
+        session.close()
+    except BaseException as error:
+        if isinstance(error, Exception):
+            engine = connections[0].engine if len(connections) == 1 else None
+            _report(session, engine, endpoint, error)
+        else:
+            interrupt = error
+        for connection in connections:
+            pools.discard(connection)
+        with contextlib.suppress(Exception):
+            session.invalidate()
+    if interrupt is not None:
+        raise interrupt
 
 
 def _close_connection(
@@ -43,15 +65,6 @@ def _close_connection(
     error = pools.close(connection)
     if error is not None:
         _report(session, connection.engine, endpoint, error)
-
-
-def _close_objects(session: sa_orm.Session, endpoint: str | None) -> None:
-    try:
-        session.close()
-    except Exception as error:
-        _report(session, None, endpoint, error)
-        with contextlib.suppress(Exception):
-            session.invalidate()
 
 
 def _report(

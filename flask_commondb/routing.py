@@ -163,10 +163,6 @@ class RoutingSession(UpstreamSession):
         self.has_committed = False
         #: Whether its results are read while they arrive: see :mod:`.streams`.
         self.is_stream = False
-        #: The connections of the current transaction, in the order of their use.
-        self.connections_in_use: dict[sa.Connection, None] = {}
-        #: Those that the caller has given in the place of an engine, and will close.
-        self.joined_connections: weakref.WeakSet[sa.Connection] = weakref.WeakSet()
         #: The replica connections, by bind key.
         self.replica_connections: dict[str | None, sa.Connection] = {}
         self._flushed: set[str | None] = set()
@@ -197,10 +193,7 @@ class RoutingSession(UpstreamSession):
         """
         if self._flushing or (clause is not None and not _only_reads(clause)):
             self.may_have_written = True
-        found = bind if bind is not None else self._find_bind(mapper, clause, kwargs)  # rule 1
-        if isinstance(found, sa.Connection):
-            self.joined_connections.add(found)
-        return found
+        return bind if bind is not None else self._find_bind(mapper, clause, kwargs)  # rule 1
 
     def primary_of(self, statement: t.Any) -> sa.Engine:
         """The engine of the bind that owns a statement's tables, wherever it will be read."""
@@ -236,11 +229,12 @@ class RoutingSession(UpstreamSession):
 
     def own_connections(self) -> list[sa.Connection]:
         """The connections of the current transaction that this session has to give back."""
-        return [
-            connection
-            for connection in self.connections_in_use
-            if connection not in self.joined_connections
-        ]
+        return [connection for connection, is_own in self._connections_in_use() if is_own]
+
+    @property
+    def connections_in_use(self) -> list[sa.Connection]:
+        """All connections of the current transaction, in the order of their use."""
+        return [connection for connection, _ in self._connections_in_use()]
 
     def all_connections(self) -> list[sa.Connection]:
         """:meth:`own_connections`, and those to replicas."""
@@ -303,15 +297,14 @@ class RoutingSession(UpstreamSession):
     def flush(self, objects: t.Sequence[t.Any] | None = None) -> None:
         """As in SQLAlchemy. What was read from a foreign bind is written there."""
         self._flushed.clear()
-        if not is_kept_apart(self):
-            super().flush(objects)
-            return
-        # Not always: SQLAlchemy refuses bulk operations while it is set.
-        self.connection_callable = self._connection_for_instance
+        if is_kept_apart(self):
+            # Not always: SQLAlchemy refuses bulk operations while it is set.
+            self.connection_callable = self._connection_for_instance
         try:
             super().flush(objects)
         finally:
             self.connection_callable = None
+        self._keep_order()
 
     def commit(self) -> None:
         """As in SQLAlchemy; when it raises it has already rolled back, the session is usable.
@@ -338,11 +331,12 @@ class RoutingSession(UpstreamSession):
                 )
 
     def _execute_internal(self, statement: t.Any, params: t.Any = None, **kwargs: t.Any) -> t.Any:
-        options = kwargs.get("execution_options") or {}
-        token = self._foreign_bind(statement, kwargs.get("bind_arguments"))
-        given = getattr(options.get("_sa_orm_load_options"), "_identity_token", None)
-        if token is not None and given is None:
-            kwargs["execution_options"] = {"identity_token": token, **options}
+        if kwargs.get("bind_arguments"):
+            options = kwargs.get("execution_options") or {}
+            token = self._foreign_bind(statement, kwargs["bind_arguments"])
+            given = getattr(options.get("_sa_orm_load_options"), "_identity_token", None)
+            if token is not None and given is None:
+                kwargs["execution_options"] = {"identity_token": token, **options}
         return super()._execute_internal(statement, params, **kwargs)
 
     def _identity_lookup(  # type: ignore[override]
@@ -359,8 +353,8 @@ class RoutingSession(UpstreamSession):
 
     def _told_apart(self, entity: t.Any, kwargs: dict[str, t.Any]) -> dict[str, t.Any]:
         """The arguments of :meth:`get`; from a foreign bind it is another object."""
-        if kwargs.get("identity_token") is None:
-            token = self._foreign_bind(entity, kwargs.get("bind_arguments"))
+        if kwargs.get("bind_arguments") and kwargs.get("identity_token") is None:
+            token = self._foreign_bind(entity, kwargs["bind_arguments"])
             if token is not None:
                 kwargs["identity_token"] = token
         return kwargs
@@ -370,7 +364,7 @@ class RoutingSession(UpstreamSession):
 
         :param wanted: a statement, a mapper or a model.
         """
-        bind = bind_arguments.get("bind") if bind_arguments else None
+        bind = bind_arguments.get("bind")
         if bind is None:
             return None
         if isinstance(wanted, sa.ClauseElement):
@@ -404,6 +398,8 @@ class RoutingSession(UpstreamSession):
             and not router.replica_sets
             and self.bind_key in (ALL_BINDS, None)
         ):  # only the default bind, and no model that could belong to another
+            if mapper is None and None in engines:
+                return engines[None]
             return super().get_bind(mapper=mapper, clause=clause, **kwargs)
 
         facts = None if clause is None else router.reader.facts(clause)
@@ -497,9 +493,9 @@ class RoutingSession(UpstreamSession):
         replica = self.router.replicas.get(engine)
         if replica is None or self.role(replica.bind_key).replica is not replica:
             # A primary's engine, or what the caller has given as a bind.
-            if isinstance(engine, sa.Connection):
-                self.joined_connections.add(engine)
-            return super()._connection_for_bind(engine, execution_options, **kwargs)
+            given = super()._connection_for_bind(engine, execution_options, **kwargs)
+            self._keep_order()
+            return given
         # So that commit, rollback and expiry are what they are without replicas.
         self._autobegin_t()
         connection = self._replica_connection(replica.bind_key)
@@ -507,7 +503,9 @@ class RoutingSession(UpstreamSession):
             primary = self._primary(replica.bind_key)
             name = self.router.primaries[replica.bind_key]
             _send_routed(replica.bind_key, "primary", name, "replica_down")
-            return super()._connection_for_bind(primary, execution_options, **kwargs)
+            given = super()._connection_for_bind(primary, execution_options, **kwargs)
+            self._keep_order()
+            return given
         name = t.cast(Replica, self.role(replica.bind_key).replica).name
         reason = "read" if scope_role(self._db, replica.bind_key) is None else "scope"
         _send_routed(replica.bind_key, "replica", name, reason)
@@ -547,6 +545,22 @@ class RoutingSession(UpstreamSession):
         self.pin(bind_key, "replica_down")
         return None
 
+    def _keep_order(self) -> None:
+        """Commit the connections in order, if there are several by now."""
+        transaction: t.Any = self.get_transaction()
+        if transaction is not None and (len(transaction._connections) > 2 or self.twophase):
+            commit_in_order(transaction, self.router.place_of)
+
+    def _connections_in_use(self) -> list[tuple[sa.Connection, bool]]:
+        """The connections of the current transaction in the order of their use, and which are ours.
+
+        The others were given by the caller in the place of an engine.
+        """
+        transaction: t.Any = self.get_transaction()
+        entries = {} if transaction is None else transaction._connections
+        # Each stands there once more, under its engine.
+        return [(entry[0], entry[3]) for name, entry in entries.items() if name is entry[0]]
+
     def _replica_engine(self, replica: Replica) -> sa.Engine:
         return pools.streaming(replica.engine) if self.is_stream else replica.engine
 
@@ -558,15 +572,6 @@ class RoutingSession(UpstreamSession):
         if bind_key not in engines:
             raise UnknownBindError(bind_key, engines)
         return engines[bind_key]
-
-
-@sa.event.listens_for(RoutingSession, "after_begin")
-def _note_connection(
-    session: RoutingSession, transaction: sa_orm.SessionTransaction, connection: sa.Connection
-) -> None:
-    session.connections_in_use[connection] = None
-    if transaction.parent is None:
-        commit_in_order(transaction, session.router.place_of)
 
 
 @sa.event.listens_for(RoutingSession, "after_commit")
@@ -585,8 +590,8 @@ def _note_foreign_object(session: RoutingSession, instance: t.Any) -> None:
 def _transaction_ended(session: RoutingSession, transaction: sa_orm.SessionTransaction) -> None:
     if transaction.parent is None:
         session.may_have_written = False
-        session.connections_in_use.clear()
-        session.release_replica_connections()
+        if session.replica_connections:
+            session.release_replica_connections()
 
 
 def _only_reads(clause: t.Any) -> bool:

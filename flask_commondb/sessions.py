@@ -18,11 +18,10 @@ import weakref
 
 import sqlalchemy as sa
 import sqlalchemy.orm as sa_orm
-from flask import current_app
-from flask import g
 from flask import has_app_context
 from flask import has_request_context
 from flask import request
+from flask.globals import app_ctx
 
 from .closing import close_session
 from .errors import NoContextError
@@ -75,11 +74,11 @@ class ContextRegistry:
         self._key = key
 
     def __call__(self) -> t.Any:
-        sessions = current_context(self._db).sessions
-        session = sessions.get(self._key)
+        context = current_context(self._db)
+        session = context.sessions.get(self._key)
         if session is None:
             session = self._factory()
-            self.set(session)
+            self._join(session, context)
         return session
 
     def has(self) -> bool:
@@ -88,16 +87,18 @@ class ContextRegistry:
 
     def set(self, session: sa_orm.Session) -> None:
         """Make a session the current context's."""
-        context = current_context(self._db)
+        self._join(session, current_context(self._db))
+
+    def clear(self) -> None:
+        """Forget the current context's session, without closing it."""
+        current_context(self._db).sessions.pop(self._key, None)
+
+    def _join(self, session: sa_orm.Session, context: ContextSessions) -> None:
         if isinstance(session, RoutingSession):
             session.join_context(self._key, context.router, context.roles)
         elif self._key is not ALL_BINDS:
             session.bind = self._db.engines[self._key]
         context.sessions[self._key] = session
-
-    def clear(self) -> None:
-        """Forget the current context's session, without closing it."""
-        current_context(self._db).sessions.pop(self._key, None)
 
 
 class SessionProxy(sa_orm.scoped_session[t.Any]):
@@ -198,16 +199,18 @@ class OpenContexts:
 
         :param failed: also what a response was to read from.
         """
-        try:
-            with contextlib.ExitStack() as stack:  # an interrupt must not keep the others open
-                for session in reversed(context.sessions.values()):
-                    stack.callback(close_session, session, context.endpoint)
-                for held in list(context.streams):
-                    if failed or not held.has_response:
-                        stack.callback(held.close)
-        except BaseException:
+        interrupt: BaseException | None = None  # it must not keep the others open
+        for held in list(context.streams):
+            if failed or not held.has_response:
+                held.close()
+        for session in context.sessions.values():
+            try:
+                close_session(session, context.endpoint)
+            except BaseException as error:
+                interrupt = error
+        if interrupt is not None:
             self._interrupted.append(context)
-            raise
+            raise interrupt
         self._open.pop(context, None)
 
     def forget(self, context: ContextSessions) -> None:
@@ -232,10 +235,9 @@ def close_all(db: CommonDB, error: BaseException | None = None) -> None:
 
     :param error: with which the context ends: then there is no response that reads from a stream.
     """
-    if not has_app_context():  # a generator that has one is collected in another thread
-        return
-    found = g.get(ON_G)
-    if not found:
+    app_context = _current_app_context()
+    found = None if app_context is None else app_context.g.get(ON_G)
+    if not found:  # no context: a generator that has one is collected in another thread
         return
     context: ContextSessions | None = found.pop(db, None)
     if context is not None:
@@ -245,7 +247,7 @@ def close_all(db: CommonDB, error: BaseException | None = None) -> None:
             db.open_contexts.forget(context)
     watch: LeakWatch | None = found.pop(LeakWatch, None)
     if watch is not None:
-        watch.take_back(current_app._get_current_object())  # type: ignore[attr-defined]
+        watch.take_back(app_context.app)
 
 
 def close_scoped(proxy: SessionProxy) -> None:
@@ -266,12 +268,13 @@ def current_context(db: CommonDB) -> ContextSessions:
 
     :raises NoContextError: if there is none.
     """
-    if not has_app_context():
+    app_context = _current_app_context()
+    if app_context is None:
         raise NoContextError(
             "Working outside of application context: a session belongs to one. In a request it is"
             " there; elsewhere wrap the code in 'with db.scope(app):' or 'with app.app_context():'."
         )
-    contexts: dict[CommonDB, ContextSessions] = g.setdefault(ON_G, {})
+    contexts: dict[CommonDB, ContextSessions] = app_context.g.setdefault(ON_G, {})
     context = contexts.get(db)
     if context is not None and context.pid != os.getpid():
         db.open_contexts.forget(contexts.pop(db))
@@ -279,9 +282,17 @@ def current_context(db: CommonDB) -> ContextSessions:
     if context is None:
         endpoint = request.endpoint if has_request_context() else None
         context = ContextSessions(endpoint, db.router)
-        db.open_contexts.add(context, g._get_current_object())
+        db.open_contexts.add(context, app_context.g)
         contexts[db] = context
     return context
+
+
+def _current_app_context() -> t.Any:
+    """Flask's context itself: quicker than one proxy after the other."""
+    try:
+        return t.cast(t.Any, app_ctx)._get_current_object()
+    except RuntimeError:
+        return None
 
 
 #: Kept, because being collected would close them.

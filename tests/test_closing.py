@@ -134,10 +134,17 @@ def test_an_interrupted_teardown_is_finished(
             super().__init__(**kwargs)
 
         def close(self) -> None:
-            Interrupted.times += 1
-            if Interrupted.times == 1:
-                raise KeyboardInterrupt("now")
+            self.interrupt()
             super().close()
+
+        def invalidate(self) -> None:
+            self.interrupt()
+            super().invalidate()
+
+        def interrupt(self) -> None:
+            Interrupted.times += 1
+            if Interrupted.times <= 2:
+                raise KeyboardInterrupt("now")
 
     url = mariadb_database.primary_url
     lab = Lab(url, session_options={"class_": Interrupted})

@@ -51,6 +51,9 @@ class Generic:
     :param dialect: SQLAlchemy's dialect object of one engine.
     """
 
+    #: Whether the database is part of this process: no server could hang up.
+    is_local = False
+
     #: Whether the driver's unbuffered cursors work outside of a transaction.
     streams_in_autocommit = True
 

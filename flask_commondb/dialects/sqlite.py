@@ -15,8 +15,17 @@ from .generic import run
 class SQLite(Generic):
     """A database file. Readers and the writer do not wait for each other in WAL mode."""
 
+    is_local = True
+
     def install(self, engine: sa.Engine) -> None:
-        sa.event.listen(engine, "savepoint", _begin_first)
+        # Not a listener: one on the engine makes every statement slower.
+        savepoint = self.dialect.do_savepoint
+
+        def do_savepoint(connection: sa.Connection, name: str) -> None:
+            _begin_first(connection)
+            savepoint(connection, name)
+
+        self.dialect.do_savepoint = do_savepoint  # type: ignore[method-assign]
 
     def prepare_primary(self, dbapi_connection: DBAPIConnection) -> None:
         try:
@@ -39,7 +48,7 @@ class SQLite(Generic):
         return bool(getattr(dbapi_connection, "in_transaction", False))
 
 
-def _begin_first(connection: sa.Connection, name: str | None) -> None:
+def _begin_first(connection: sa.Connection) -> None:
     """Python's sqlite3 begins a transaction before INSERT, UPDATE and DELETE only. A savepoint
     outside of one would be a transaction of its own, and its release a commit."""
     if not getattr(connection.connection.dbapi_connection, "in_transaction", True):
