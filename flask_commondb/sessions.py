@@ -28,6 +28,7 @@ from .errors import NoContextError
 from .errors import UnknownBindError
 from .holders import ON_G
 from .holders import LeakWatch
+from .holders import Taken
 from .procedures import ProcedureResult
 from .routing import ALL_BINDS
 from .routing import AllBinds
@@ -245,9 +246,9 @@ def close_all(db: CommonDB, error: BaseException | None = None) -> None:
             db.open_contexts.close(context, failed=error is not None)
         else:  # to close the parent's connections would be to talk on its sockets
             db.open_contexts.forget(context)
-    watch: LeakWatch | None = found.pop(LeakWatch, None)
-    if watch is not None:
-        watch.take_back(app_context.app)
+    taken: Taken | None = found.pop(LeakWatch, None)
+    if taken is not None:
+        taken.take_back(app_context.app)
 
 
 def close_scoped(proxy: SessionProxy) -> None:
