@@ -21,37 +21,106 @@ class ForeignBind(t.NamedTuple):
     bind_key: str | None
 
 
-def keep_apart(session: sa_orm.Session, engines: t.Mapping[str | None, sa.Engine]) -> None:
-    """Have what a session loads for a foreign object come from the object's own bind.
+class KeepsApart(sa_orm.Session):
+    """A session in which one row that is read through two binds is two objects."""
 
-    Refreshes, lazy loads and eager loads name no bind. Repeated calls change nothing.
+    #: Whether it may have foreign objects.
+    has_foreign_objects = False
 
-    :param engines: the engines of all binds.
-    """
-    if _IS_KEPT_APART in session.info:
-        return
-    session.info[_IS_KEPT_APART] = True
+    def foreign_bind(self, wanted: t.Any, bind: sa.Engine | sa.Connection) -> ForeignBind | None:
+        """The token of what is read from a bind that the caller has given.
 
-    @sa.event.listens_for(session, "do_orm_execute")
-    def follow(state: sa_orm.ORMExecuteState) -> None:
-        if "bind" in state.bind_arguments:
+        :param wanted: a statement or a model.
+        :returns: ``None`` if the bind is its own.
+        """
+        raise NotImplementedError
+
+    def primary(self, bind_key: str | None) -> sa.Engine:
+        """The engine on which a bind is written."""
+        raise NotImplementedError
+
+    def keep_apart(self) -> None:
+        """Have what is loaded for a foreign object come from the object's own bind.
+
+        Refreshes, lazy loads and eager loads name no bind. Repeated calls change nothing.
+        """
+        if not self.has_foreign_objects:
+            self.has_foreign_objects = True
+            sa.event.listen(self, "do_orm_execute", _follow)
+
+    def get(self, entity: t.Any, ident: t.Any, **kwargs: t.Any) -> t.Any:
+        """As in SQLAlchemy."""
+        return super().get(entity, ident, **self._told_apart(entity, kwargs))
+
+    def get_one(self, entity: t.Any, ident: t.Any, **kwargs: t.Any) -> t.Any:
+        """As in SQLAlchemy."""
+        return super().get_one(entity, ident, **self._told_apart(entity, kwargs))
+
+    def flush(self, objects: t.Sequence[t.Any] | None = None) -> None:
+        """As in SQLAlchemy. What was read from a foreign bind is written there."""
+        if not self.has_foreign_objects:
+            super().flush(objects)
             return
-        token = _token(state)
+        # Not always: SQLAlchemy refuses bulk operations while it is set.
+        self.connection_callable = self._connection_for_instance
+        try:
+            super().flush(objects)
+        finally:
+            self.connection_callable = None
+
+    def _execute_internal(self, statement: t.Any, params: t.Any = None, **kwargs: t.Any) -> t.Any:
+        if kwargs.get("bind_arguments"):
+            options = kwargs.get("execution_options") or {}
+            if getattr(options.get("_sa_orm_load_options"), "_identity_token", None) is None:
+                token = self._token(statement, kwargs["bind_arguments"])
+                if token is not None:
+                    kwargs["execution_options"] = {"identity_token": token, **options}
+        return super()._execute_internal(statement, params, **kwargs)
+
+    def _identity_lookup(  # type: ignore[override]
+        self,
+        mapper: t.Any,
+        primary_key_identity: t.Any,
+        identity_token: t.Any = None,
+        **kwargs: t.Any,
+    ) -> t.Any:
+        parent = kwargs.get("lazy_loaded_from")
+        if parent is not None and isinstance(parent.identity_token, ForeignBind):
+            identity_token = parent.identity_token
+        return super()._identity_lookup(mapper, primary_key_identity, identity_token, **kwargs)
+
+    def _told_apart(self, entity: t.Any, kwargs: dict[str, t.Any]) -> dict[str, t.Any]:
+        """The arguments of :meth:`get`."""
+        if kwargs.get("bind_arguments") and kwargs.get("identity_token") is None:
+            kwargs["identity_token"] = self._token(entity, kwargs["bind_arguments"])
+        return kwargs
+
+    def _token(self, wanted: t.Any, bind_arguments: t.Mapping[str, t.Any]) -> ForeignBind | None:
+        bind = bind_arguments.get("bind")
+        token = None if bind is None else self.foreign_bind(wanted, bind)
+        if token is not None:
+            self.keep_apart()
+        return token
+
+    def _connection_for_instance(
+        self, mapper: t.Any = None, instance: t.Any = None, **kwargs: t.Any
+    ) -> sa.Connection:
+        token = sa.inspect(instance).identity_token
         if isinstance(token, ForeignBind):
-            state.update_execution_options(identity_token=token)
-            state.bind_arguments["bind"] = engines[token.bind_key]
+            return self._connection_for_bind(self.primary(token.bind_key))
+        return self._connection_for_bind(self.get_bind(mapper=mapper))
 
 
-def is_kept_apart(session: sa_orm.Session) -> bool:
-    """Whether the session may have foreign objects."""
-    return _IS_KEPT_APART in session.info
+def _follow(state: sa_orm.ORMExecuteState) -> None:
+    if "bind" in state.bind_arguments:
+        return
+    token = _token_of(state)
+    if isinstance(token, ForeignBind):
+        state.update_execution_options(identity_token=token)
+        state.bind_arguments["bind"] = t.cast(KeepsApart, state.session).primary(token.bind_key)
 
 
-#: In ``session.info``.
-_IS_KEPT_APART = "flask_commondb.foreign"
-
-
-def _token(state: sa_orm.ORMExecuteState) -> t.Any:
+def _token_of(state: sa_orm.ORMExecuteState) -> t.Any:
     """The token of the object, or of the statement, for which something is loaded."""
     if state.is_select:
         if state.lazy_loaded_from is not None:
@@ -62,3 +131,9 @@ def _token(state: sa_orm.ORMExecuteState) -> t.Any:
     if state.is_update or state.is_delete:
         return t.cast(t.Any, state.update_delete_options)._identity_token
     return None
+
+
+@sa.event.listens_for(KeepsApart, "detached_to_persistent")
+def _note_foreign_object(session: KeepsApart, instance: t.Any) -> None:
+    if isinstance(sa.inspect(instance).identity_token, ForeignBind):
+        session.keep_apart()

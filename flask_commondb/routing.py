@@ -44,8 +44,7 @@ from .errors import UnknownBindError
 from .errors import WrongBindError
 from .holders import NoWatch
 from .identities import ForeignBind
-from .identities import is_kept_apart
-from .identities import keep_apart
+from .identities import KeepsApart
 from .replicas import PAUSE
 from .replicas import Replica
 from .replicas import ReplicaSet
@@ -141,7 +140,7 @@ class BindRole:
     pinned: str | None = None
 
 
-class RoutingSession(UpstreamSession):
+class RoutingSession(KeepsApart, UpstreamSession):
     """The session of ``db.session`` and of ``db.sessions[key]``.
 
     A replica's connection is the session's own, beside its transaction: commit and rollback do
@@ -195,9 +194,33 @@ class RoutingSession(UpstreamSession):
             self.may_have_written = True
         return bind if bind is not None else self._find_bind(mapper, clause, kwargs)  # rule 1
 
+    def primary(self, bind_key: str | None) -> sa.Engine:
+        """The engine of a bind, wherever it is read.
+
+        :raises UnknownBindError: for a key that the app does not configure.
+        """
+        engines = self.router.engines
+        if bind_key not in engines:
+            raise UnknownBindError(bind_key, engines)
+        return engines[bind_key]
+
+    def foreign_bind(self, wanted: t.Any, bind: sa.Engine | sa.Connection) -> ForeignBind | None:
+        """What tells objects apart that the caller reads from another bind than their own."""
+        if isinstance(wanted, sa_orm.Query):
+            wanted = wanted.statement
+        if isinstance(wanted, sa.ClauseElement):
+            owners = self.router.reader.facts(wanted).owners
+        else:
+            owners = mapper_owners(wanted)
+        if len(owners) != 1:  # several: the caller says that one server has them all
+            return None
+        (owner,) = owners
+        bind_key = self.router.bind_key_of(bind.engine, owner)
+        return None if bind_key == owner else ForeignBind(bind_key)
+
     def primary_of(self, statement: t.Any) -> sa.Engine:
         """The engine of the bind that owns a statement's tables, wherever it will be read."""
-        return self._primary(self._owner(None, self.router.reader.facts(statement)))
+        return self.primary(self._owner(None, self.router.reader.facts(statement)))
 
     def role(self, bind_key: str | None) -> BindRole:
         """Where the unit of work stands on a bind."""
@@ -240,14 +263,6 @@ class RoutingSession(UpstreamSession):
         """:meth:`own_connections`, and those to replicas."""
         return [*self.own_connections(), *self.replica_connections.values()]
 
-    def get(self, entity: t.Any, ident: t.Any, **kwargs: t.Any) -> t.Any:
-        """As in SQLAlchemy."""
-        return super().get(entity, ident, **self._told_apart(entity, kwargs))
-
-    def get_one(self, entity: t.Any, ident: t.Any, **kwargs: t.Any) -> t.Any:
-        """As in SQLAlchemy."""
-        return super().get_one(entity, ident, **self._told_apart(entity, kwargs))
-
     def connection(
         self,
         bind_arguments: t.Any | None = None,
@@ -277,7 +292,7 @@ class RoutingSession(UpstreamSession):
             self.flush()
         self.may_have_written = True
         self._pin_and_tell(bind_key, "procedure")
-        connection = super().connection({"bind": self._primary(bind_key)})
+        connection = super().connection({"bind": self.primary(bind_key)})
         with procedures.announced(name, bind_key):
             return procedures.call(connection, name, args)
 
@@ -295,15 +310,9 @@ class RoutingSession(UpstreamSession):
             yield cursor
 
     def flush(self, objects: t.Sequence[t.Any] | None = None) -> None:
-        """As in SQLAlchemy. What was read from a foreign bind is written there."""
+        """As in SQLAlchemy."""
         self._flushed.clear()
-        if is_kept_apart(self):
-            # Not always: SQLAlchemy refuses bulk operations while it is set.
-            self.connection_callable = self._connection_for_instance
-        try:
-            super().flush(objects)
-        finally:
-            self.connection_callable = None
+        super().flush(objects)
         self._keep_order()
 
     def commit(self) -> None:
@@ -329,64 +338,6 @@ class RoutingSession(UpstreamSession):
                 _logger.warning(
                     "A replica connection of bind %r was thrown away: %s", bind_key, error
                 )
-
-    def _execute_internal(self, statement: t.Any, params: t.Any = None, **kwargs: t.Any) -> t.Any:
-        if kwargs.get("bind_arguments"):
-            options = kwargs.get("execution_options") or {}
-            token = self._foreign_bind(statement, kwargs["bind_arguments"])
-            given = getattr(options.get("_sa_orm_load_options"), "_identity_token", None)
-            if token is not None and given is None:
-                kwargs["execution_options"] = {"identity_token": token, **options}
-        return super()._execute_internal(statement, params, **kwargs)
-
-    def _identity_lookup(  # type: ignore[override]
-        self,
-        mapper: t.Any,
-        primary_key_identity: t.Any,
-        identity_token: t.Any = None,
-        **kwargs: t.Any,
-    ) -> t.Any:
-        parent = kwargs.get("lazy_loaded_from")
-        if parent is not None and isinstance(parent.identity_token, ForeignBind):
-            identity_token = parent.identity_token
-        return super()._identity_lookup(mapper, primary_key_identity, identity_token, **kwargs)
-
-    def _told_apart(self, entity: t.Any, kwargs: dict[str, t.Any]) -> dict[str, t.Any]:
-        """The arguments of :meth:`get`; from a foreign bind it is another object."""
-        if kwargs.get("bind_arguments") and kwargs.get("identity_token") is None:
-            token = self._foreign_bind(entity, kwargs["bind_arguments"])
-            if token is not None:
-                kwargs["identity_token"] = token
-        return kwargs
-
-    def _foreign_bind(self, wanted: t.Any, bind_arguments: t.Any) -> ForeignBind | None:
-        """What tells objects apart that the caller reads from another bind than their own.
-
-        :param wanted: a statement, a mapper or a model.
-        """
-        bind = bind_arguments.get("bind")
-        if bind is None:
-            return None
-        if isinstance(wanted, sa.ClauseElement):
-            owners = self.router.reader.facts(wanted).owners
-        else:
-            owners = mapper_owners(wanted)
-        if len(owners) != 1:  # several: the caller says that one server has them all
-            return None
-        (owner,) = owners
-        bind_key = self.router.bind_key_of(bind.engine, owner)
-        if bind_key == owner:
-            return None
-        keep_apart(self, self.router.engines)
-        return ForeignBind(bind_key)
-
-    def _connection_for_instance(
-        self, mapper: t.Any = None, instance: t.Any = None, **kwargs: t.Any
-    ) -> sa.Connection:
-        token = sa.inspect(instance).identity_token
-        if isinstance(token, ForeignBind):
-            return self._connection_for_bind(self._primary(token.bind_key))
-        return self._connection_for_bind(self.get_bind(mapper=mapper))
 
     def _find_bind(
         self, mapper: t.Any | None, clause: t.Any | None, kwargs: dict[str, t.Any]
@@ -467,7 +418,7 @@ class RoutingSession(UpstreamSession):
 
     def _engine_for_unseen_work(self, bind_key: str | None) -> sa.Engine:
         """The engine for work that is not shown to us as a statement."""
-        primary = self._primary(bind_key)
+        primary = self.primary(bind_key)
         replicas = self.router.replica_sets.get(bind_key)
         if replicas is None:
             return primary
@@ -500,7 +451,7 @@ class RoutingSession(UpstreamSession):
         self._autobegin_t()
         connection = self._replica_connection(replica.bind_key)
         if connection is None:
-            primary = self._primary(replica.bind_key)
+            primary = self.primary(replica.bind_key)
             name = self.router.primaries[replica.bind_key]
             _send_routed(replica.bind_key, "primary", name, "replica_down")
             given = super()._connection_for_bind(primary, execution_options, **kwargs)
@@ -567,23 +518,11 @@ class RoutingSession(UpstreamSession):
     def _given_or_own(self, bind_key: str | None) -> str | None:
         return bind_key if self.bind_key is ALL_BINDS else self.bind_key
 
-    def _primary(self, bind_key: str | None) -> sa.Engine:
-        engines = self.router.engines
-        if bind_key not in engines:
-            raise UnknownBindError(bind_key, engines)
-        return engines[bind_key]
-
 
 @sa.event.listens_for(RoutingSession, "after_commit")
 def _note_commit(session: RoutingSession) -> None:
     if not session.in_nested_transaction():
         session.has_committed = True
-
-
-@sa.event.listens_for(RoutingSession, "detached_to_persistent")
-def _note_foreign_object(session: RoutingSession, instance: t.Any) -> None:
-    if isinstance(sa.inspect(instance).identity_token, ForeignBind):
-        keep_apart(session, session.router.engines)
 
 
 @sa.event.listens_for(RoutingSession, "after_transaction_end")
