@@ -206,12 +206,12 @@ class RoutingSession(KeepsApart, UpstreamSession):
 
     def foreign_bind(self, wanted: t.Any, bind: sa.Engine | sa.Connection) -> ForeignBind | None:
         """What tells objects apart that the caller reads from another bind than their own."""
-        if isinstance(wanted, sa_orm.Query):
-            wanted = wanted.statement
         if isinstance(wanted, sa.ClauseElement):
             owners = self.router.reader.facts(wanted).owners
-        else:
+        elif isinstance(wanted, (type, sa_orm.Mapper)):
             owners = mapper_owners(wanted)
+        else:  # a sequence, or a mistake: it loads no objects
+            return None
         if len(owners) != 1:  # several: the caller says that one server has them all
             return None
         (owner,) = owners

@@ -100,9 +100,6 @@ READS: dict[str, t.Callable[[World], t.Any]] = {
     "scalar": lambda world: world.db.session.scalar(
         sa.select(world.Item), bind_arguments=world.in_b
     ),
-    "legacy Query": lambda world: world.db.session.scalar(
-        world.db.session.query(world.Item), bind_arguments=world.in_b
-    ),
     "get": lambda world: world.db.session.get(world.Item, 1, bind_arguments=world.in_b),
     "get_one": lambda world: world.db.session.get_one(world.Item, 1, bind_arguments=world.in_b),
     "OptionEngine": lambda world: world.db.session.scalar(
