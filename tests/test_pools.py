@@ -1,11 +1,10 @@
-"""Connections: replicas cannot write, nor change a commit; forks inherit none. I6, I7, I9."""
+"""Connections: replicas cannot write, nor change a commit. I6, I7."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import itertools
-import json
 import logging
 import os
 import sqlite3
@@ -368,75 +367,6 @@ def test_postgresql_pooled_connections_killed(
             server.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'"
             )
-    lab.dispose()
-
-
-# Forks ----------------------------------------------------------------------------------------
-
-
-def test_a_fork_inherits_no_connection(mariadb_database: Database[MariaDBCluster]) -> None:
-    """Four children and their parent use disjoint connections, and none disturbs another."""
-    database = mariadb_database
-    lab = Lab(database.primary_url, database.replica_urls)
-    with lab.app.app_context():
-        lab.db.create_all()
-    database.sync()
-
-    def connections() -> list[int]:
-        with lab.request("POST"):
-            primary = lab.db.session.scalar(sa.text("SELECT CONNECTION_ID()"))
-        with lab.request(), lab.db.replica():
-            lab.db.session.scalar(sa.text("SELECT CONNECTION_ID()"))
-        return [int(primary)]
-
-    parent = set(connections())
-    pipes = []
-    for _ in range(4):
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.close(reading)
-                seen = [number for _ in range(50) for number in connections()]
-                os.write(writing, json.dumps(seen).encode())
-                code = 0
-            finally:
-                os._exit(code)
-        os.close(writing)
-        pipes.append((child, reading))
-    owned: list[set[int]] = []
-    for child, reading in pipes:
-        with open(reading, "rb") as pipe:
-            owned.append(set(json.load(pipe)))
-        assert os.waitpid(child, 0)[1] == 0
-        parent |= set(connections())
-    for one, other in itertools.combinations([parent, *owned], 2):
-        assert one.isdisjoint(other)
-    assert all(len(ids) == 1 for ids in owned)
-    lab.dispose()
-
-
-def test_a_fork_inside_a_context(mariadb_database: Database[MariaDBCluster]) -> None:
-    """A child forked while a session is open has a session of its own; the parent's lives on."""
-    lab = Lab(mariadb_database.primary_url)
-    with lab.request("POST"):
-        lab.db.create_all()
-        lab.db.session.add(lab.Post(title="parent"))
-        lab.db.session.flush()
-        mine = lab.db.session()
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                assert lab.db.session() is not mine
-                assert lab.titles() == []  # the parent has not committed
-                code = 0
-            finally:
-                os._exit(code)
-        assert os.waitpid(child, 0)[1] == 0
-        lab.db.session.commit()
-        assert lab.titles() == ["parent"]
     lab.dispose()
 
 
