@@ -13,6 +13,7 @@ import typing as t
 
 import sqlalchemy as sa
 import sqlalchemy.orm as sa_orm
+from sqlalchemy.orm.context import QueryContext
 
 
 class ForeignBind(t.NamedTuple):
@@ -61,6 +62,7 @@ class KeepsApart(sa_orm.Session):
         if not self.has_foreign_objects:
             super().flush(objects)
             return
+        self._adopt_new_objects()
         # Not always: SQLAlchemy refuses bulk operations while it is set.
         self.connection_callable = self._connection_for_instance
         try:
@@ -69,12 +71,15 @@ class KeepsApart(sa_orm.Session):
             self.connection_callable = None
 
     def _execute_internal(self, statement: t.Any, params: t.Any = None, **kwargs: t.Any) -> t.Any:
-        if kwargs.get("bind_arguments"):
-            options = kwargs.get("execution_options") or {}
-            if getattr(options.get("_sa_orm_load_options"), "_identity_token", None) is None:
-                token = self._token(statement, kwargs["bind_arguments"])
-                if token is not None:
-                    kwargs["execution_options"] = {"identity_token": token, **options}
+        options = kwargs.get("execution_options") or {}
+        token = self._token(statement, kwargs["bind_arguments"])
+        given = getattr(options.get("_sa_orm_load_options"), "_identity_token", None)
+        if token is not None and given is None:
+            options = {"identity_token": token, **options}
+            if statement.is_dml:  # what it returns is loaded by options of its own
+                loading = QueryContext.default_load_options + {"_identity_token": token}
+                options["_sa_orm_load_options"] = loading
+            kwargs["execution_options"] = options
         return super()._execute_internal(statement, params, **kwargs)
 
     def _identity_lookup(  # type: ignore[override]
@@ -102,6 +107,22 @@ class KeepsApart(sa_orm.Session):
             self.keep_apart()
         return token
 
+    def _adopt_new_objects(self) -> None:
+        """Have new objects that belong to a foreign one be written where that one is."""
+        for instance in list(self):
+            token = sa.inspect(instance).identity_token
+            if isinstance(token, ForeignBind):
+                mapper = sa.inspect(type(instance))
+                for *_, state, _ in mapper.cascade_iterator("save-update", sa.inspect(instance)):
+                    if state.key is None:
+                        state.identity_token = token
+        for instance in self.new:
+            for relationship in sa.inspect(type(instance)).relationships:
+                parent = sa.inspect(vars(instance).get(relationship.key), raiseerr=False)
+                token = getattr(parent, "identity_token", None)
+                if isinstance(token, ForeignBind):
+                    sa.inspect(instance).identity_token = token
+
     def _connection_for_instance(
         self, mapper: t.Any = None, instance: t.Any = None, **kwargs: t.Any
     ) -> sa.Connection:
@@ -115,6 +136,13 @@ def _follow(state: sa_orm.ORMExecuteState) -> None:
     if "bind" in state.bind_arguments:
         return
     token = _token_of(state)
+    if (
+        token is None
+        and (state.is_update or state.is_delete)
+        and t.cast(t.Any, state.update_delete_options)._synchronize_session is not False
+    ):
+        # By their keys: else it takes the objects of other binds for those of this one, too.
+        state.update_execution_options(synchronize_session="fetch")
     if isinstance(token, ForeignBind):
         state.update_execution_options(identity_token=token)
         state.bind_arguments["bind"] = t.cast(KeepsApart, state.session).primary(token.bind_key)

@@ -312,6 +312,8 @@ class RoutingSession(KeepsApart, UpstreamSession):
     def flush(self, objects: t.Sequence[t.Any] | None = None) -> None:
         """As in SQLAlchemy."""
         self._flushed.clear()
+        if len(self._db.metadatas) > 1:
+            self._refuse_foreign_expressions()
         super().flush(objects)
         self._keep_order()
 
@@ -338,6 +340,21 @@ class RoutingSession(KeepsApart, UpstreamSession):
                 _logger.warning(
                     "A replica connection of bind %r was thrown away: %s", bind_key, error
                 )
+
+    def _execute_internal(self, statement: t.Any, params: t.Any = None, **kwargs: t.Any) -> t.Any:
+        # SQLAlchemy says neither clause nor mapper of a union of models, and of a bare function.
+        kwargs["bind_arguments"] = {"clause": statement, **(kwargs.get("bind_arguments") or {})}
+        return super()._execute_internal(statement, params, **kwargs)
+
+    def _refuse_foreign_expressions(self) -> None:
+        """A flush does not show the SQL expressions that it writes.
+
+        :raises CrossBindError: if one is about another bind than its object.
+        """
+        for instance in (*self.new, *self.dirty):
+            for value in vars(instance).values():
+                if isinstance(value, sa.ClauseElement):
+                    self._owner(type(instance), self.router.reader.facts(value))
 
     def _find_bind(
         self, mapper: t.Any | None, clause: t.Any | None, kwargs: dict[str, t.Any]

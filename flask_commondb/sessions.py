@@ -296,5 +296,5 @@ def _current_app_context() -> t.Any:
         return None
 
 
-#: Kept, because being collected would close them.
+#: Kept: to collect a connection of an engine that is not ours would end the parent's transaction.
 _inherited: list[ContextSessions] = []

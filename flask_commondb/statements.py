@@ -90,6 +90,8 @@ class Reader:
         # DDL does not show its table as an element; select(…).from_statement() is what it wraps.
         inner = getattr(statement, "element", None)
         _note_owner(inner, owners)
+        for element in _added_elements(statement):
+            _note_owner(element, owners)
         names = {statement.__visit_name__, getattr(inner, "__visit_name__", None)}
         return Facts(owners, not_read, not names.isdisjoint(_TEXT_STATEMENTS))
 
@@ -148,6 +150,19 @@ def _elements(statement: t.Any) -> t.Iterator[t.Any]:
         yield element
         for attribute in ("_data", "_multi_values"):
             yield from _elements_in(getattr(element, attribute, ()))
+        upsert = getattr(element, "_post_values_clause", None)
+        for attribute in ("update", "update_values_to_set", "update_whereclause"):
+            yield from _elements_in(getattr(upsert, attribute, ()))
+
+
+def _added_elements(statement: t.Any) -> t.Iterator[t.Any]:
+    """What the ORM adds to a SELECT: joined eager loads, column properties, loader criteria."""
+    if isinstance(statement, sa.Select) and statement._propagate_attrs.get("plugin_subject"):
+        try:
+            compiled: t.Any = statement.compile()
+        except sa.exc.SQLAlchemyError:  # another dialect's, or it will say so when it is executed
+            return
+        yield from _elements(compiled.compile_state.statement)
 
 
 def _elements_in(values: t.Any) -> t.Iterator[t.Any]:
