@@ -160,7 +160,7 @@ def _added_elements(statement: t.Any) -> t.Iterator[t.Any]:
     if isinstance(statement, sa.Select) and statement._propagate_attrs.get("plugin_subject"):
         try:
             compiled: t.Any = statement.compile()
-        except sa.exc.SQLAlchemyError:  # another dialect's, or it will say so when it is executed
+        except Exception:  # it is for another dialect, or will say so itself when it is executed
             return
         yield from _elements(compiled.compile_state.statement)
 
