@@ -19,7 +19,7 @@ from flask_commondb import errors
 #: Lowest first. A module imports from lower layers only, never from its own.
 LAYERS = (
     {"errors", "signals"},
-    {"commits", "dialects", "holders", "identities", "scopes", "statements"},
+    {"commits", "dialects", "forks", "holders", "identities", "scopes", "statements"},
     {"config", "pools", "replicas", "procedures"},
     {"routing"},
     {"closing", "transactions"},
