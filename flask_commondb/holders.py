@@ -15,6 +15,7 @@ import logging
 import sys
 import threading
 import time
+import types
 import typing as t
 import weakref
 
@@ -31,7 +32,8 @@ from sqlalchemy.pool import PoolProxiedConnection
 from . import signals
 from .errors import PoolExhausted
 
-#: The name under which everything stands on ``g``: sessions by their ``db``, and the leak watch.
+#: The name under which everything stands on ``g``: sessions by their ``db``, and what the leak
+#: watch has seen, a :class:`Taken`, under :class:`LeakWatch`.
 ON_G = "_commondb"
 
 _logger = logging.getLogger("flask_commondb")
@@ -53,12 +55,7 @@ class Holder:
     endpoint: str | None
     thread: str
     origin: tuple[str, ...]
-    _since: float = dataclasses.field(default_factory=time.monotonic, repr=False)
-    #: The ``g`` of its context; ``None`` when it may outlive it.
-    _context: weakref.ref[t.Any] | None = dataclasses.field(default=None, repr=False)
-    _proxied: weakref.ref[t.Any] | None = dataclasses.field(default=None, repr=False)
-    #: Stays the same when the engine is disposed of.
-    _dialect: sa.Dialect | None = dataclasses.field(default=None, repr=False)
+    _since: float = dataclasses.field(default_factory=time.monotonic, init=False, repr=False)
 
     @property
     def age(self) -> float:
@@ -66,8 +63,9 @@ class Holder:
         return time.monotonic() - self._since
 
     def __str__(self) -> str:
+        where = "outside of a request" if self.endpoint is None else f"endpoint {self.endpoint!r}"
         return (
-            f"endpoint {self.endpoint!r} in thread {self.thread!r} for {self.age:.1f} s,"
+            f"{where} in thread {self.thread!r} for {self.age:.1f} s,"
             f" taken by {' < '.join(self.origin) or 'unknown code'}"
         )
 
@@ -82,7 +80,8 @@ class PoolStatus:
     :param in_use: connections that are taken; ``None`` if this kind of pool does not count.
     :param idle: connections that wait in the pool.
     :param limit: how many there may be; ``None`` for no limit.
-    :param holders: who has taken them; empty unless :data:`COMMONDB_LEAK_WATCH` is on.
+    :param holders: who has taken them, the oldest first; empty unless
+        :data:`COMMONDB_LEAK_WATCH` is on.
     """
 
     bind_key: str | None
@@ -100,72 +99,66 @@ class NoWatch:
     def watch(self, engine: sa.Engine, bind_key: str | None, server: str) -> None:
         """Note every checkout of an engine from now on."""
 
-    def holders(self, engine: sa.Engine) -> tuple[Holder, ...]:
-        """Who holds connections of an engine, the oldest first."""
+    def holders(self, pool: sa.Pool) -> tuple[Holder, ...]:
+        """Who holds connections of a pool, the oldest first."""
         return ()
-
-    def let_go(self, connection: sa.Connection) -> None:
-        """A connection may outlive the context in which it was taken."""
-
-    def take_back(self, app: Flask) -> None:
-        """The current context ends: throw away what was taken in it and not given back.
-
-        Each is logged and signalled. It is not put back into the pool, because whoever holds it
-        may still use it.
-        """
 
 
 class LeakWatch(NoWatch):
     """Knows who holds each connection of one app."""
 
     def __init__(self) -> None:
-        self._holders: dict[ConnectionPoolEntry, Holder] = {}
+        self._checkouts: dict[ConnectionPoolEntry, _Checkout] = {}
 
     def watch(self, engine: sa.Engine, bind_key: str | None, server: str) -> None:
+        if isinstance(engine.pool, (sa.StaticPool, sa.pool.SingletonThreadPool)):
+            return  # one connection for all: taken twice, never lacking, and the database itself
+
         @sa.event.listens_for(engine, "checkout")
         def checkout(
             dbapi_connection: DBAPIConnection,
             entry: ConnectionPoolEntry,
             proxied: PoolProxiedConnection,
         ) -> None:
-            holder = Holder(
-                bind_key,
-                server,
-                request.endpoint if has_request_context() else None,
-                threading.current_thread().name,
-                _origin(),
-                _proxied=weakref.ref(proxied),
-                _dialect=engine.dialect,
-            )
-            if has_app_context():
-                holder._context = weakref.ref(g._get_current_object())
-                g.setdefault(ON_G, {})[LeakWatch] = self
-            self._holders[entry] = holder
+            origin, by_session = _origin(sys._getframe(1))
+            endpoint = request.endpoint if has_request_context() else None
+            thread = threading.current_thread().name
+            holder = Holder(bind_key, server, endpoint, thread, origin)
+            taken = None
+            # A session ends with the context that it belongs to, which may be another one.
+            if has_app_context() and not by_session:
+                taken = g.setdefault(ON_G, {}).setdefault(LeakWatch, Taken())
+                taken[entry] = holder, weakref.ref(proxied)
+            self._checkouts[entry] = _Checkout(holder, engine.pool, taken)
 
-        @sa.event.listens_for(engine, "checkin")
-        def checkin(dbapi_connection: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
-            self._holders.pop(entry, None)
+        def forget(dbapi_connection: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+            checkout = self._checkouts.pop(entry, None)
+            if checkout is not None and checkout.taken is not None:
+                checkout.taken.pop(entry, None)
 
-    def holders(self, engine: sa.Engine) -> tuple[Holder, ...]:
-        held = [
-            holder for holder in list(self._holders.values()) if holder._dialect is engine.dialect
-        ]
-        return tuple(sorted(held, key=lambda holder: holder._since))
+        sa.event.listen(engine, "checkin", forget)
+        sa.event.listen(engine, "detach", forget)  # is the taker's own from now on
 
-    def let_go(self, connection: sa.Connection) -> None:
-        for holder in list(self._holders.values()):
-            if holder._proxied is not None and holder._proxied() is connection.connection:
-                holder._context = None
+    def holders(self, pool: sa.Pool) -> tuple[Holder, ...]:
+        # A copy, because others come and go. Their order is that of the checkouts.
+        checkouts = self._checkouts.copy().values()
+        return tuple(checkout.holder for checkout in checkouts if checkout.pool is pool)
+
+
+class Taken(dict[ConnectionPoolEntry, tuple[Holder, "weakref.ref[PoolProxiedConnection]"]]):
+    """What was taken in one context, other than by a session, and is still out."""
 
     def take_back(self, app: Flask) -> None:
-        context = g._get_current_object()
-        for entry, holder in list(self._holders.items()):
-            if holder._context is None or holder._context() is not context:
-                continue
-            proxied = None if holder._proxied is None else holder._proxied()
-            self._holders.pop(entry, None)
-            if proxied is None:
-                continue
+        """The context ends: throw it all away, with a log record and a signal for each.
+
+        It is not put back into the pool, because whoever holds it may still use it.
+        """
+        for entry in list(self):
+            holder, proxied = self.pop(entry, (None, _gone))
+            connection = proxied()
+            if holder is None or connection is None or not connection.is_valid:
+                continue  # another thread was giving it back, or it is a fork's parent's
+            _take_away(connection, holder)
             _logger.error(
                 "A connection of bind %r was still out when its context ended, and was thrown"
                 " away: %s",
@@ -173,8 +166,6 @@ class LeakWatch(NoWatch):
                 holder,
                 extra={"bind_key": holder.bind_key, "endpoint": holder.endpoint},
             )
-            with contextlib.suppress(Exception):
-                proxied.invalidate()
             signals.send(signals.connection_leaked, app, bind_key=holder.bind_key, holder=holder)
 
 
@@ -183,12 +174,10 @@ def status(
 ) -> PoolStatus:
     """What an engine's pool looks like now. No I/O."""
     pool = engine.pool
+    in_use = idle = limit = None
     if isinstance(pool, sa.QueuePool):
-        in_use: int | None = pool.checkedout()
-        return PoolStatus(
-            bind_key, role, server, in_use, pool.checkedin(), _limit(pool), watch.holders(engine)
-        )
-    return PoolStatus(bind_key, role, server, None, None, None, watch.holders(engine))
+        in_use, idle, limit = pool.checkedout(), _idle(pool), _limit(pool)
+    return PoolStatus(bind_key, role, server, in_use, idle, limit, watch.holders(pool))
 
 
 def tell_when_exhausted(
@@ -203,37 +192,88 @@ def tell_when_exhausted(
         def _do_get(self) -> ConnectionPoolEntry:
             try:
                 return t.cast(ConnectionPoolEntry, super()._do_get())
+            except PoolExhausted:  # it has called itself
+                raise
             except sa.exc.TimeoutError as error:
                 # Contexts of threads that have died, say: what nobody can reach any more.
                 gc.collect()
                 if self.checkedin():
-                    return t.cast(ConnectionPoolEntry, super()._do_get())
-                holders = [str(holder) for holder in watch.holders(engine)]
+                    with contextlib.suppress(sa.exc.TimeoutError):  # another thread was faster
+                        return t.cast(ConnectionPoolEntry, super()._do_get())
+                holders = [str(holder) for holder in watch.holders(self)]
                 raise PoolExhausted(bind_key, server, _limit(self) or 0, holders) from error
 
-    Pool.__name__ = Pool.__qualname__ = pool_class.__name__
-    # dispose() makes a new pool from the class of the old one.
+        def recreate(self) -> sa.Pool:
+            pool = super().recreate()
+            pool.__class__ = Pool  # also where a user's class names itself
+            return t.cast(sa.Pool, pool)
+
+    Pool.__name__, Pool.__qualname__ = pool_class.__name__, pool_class.__qualname__
+    Pool.__module__ = pool_class.__module__
     engine.pool.__class__ = Pool
+
+
+class _Checkout(t.NamedTuple):
+    holder: Holder
+    pool: sa.Pool  # the engine may have another one meanwhile
+    taken: Taken | None
 
 
 #: How many places of the application's code an origin names.
 _DEPTH = 3
 
 #: Code that takes connections for others.
-_NOT_THE_ORIGIN = {"contextlib", "flask_commondb", "flask_sqlalchemy", "sqlalchemy"}
+_TAKERS = frozenset(
+    "contextlib flask flask_commondb flask_sqlalchemy functools jinja2 sqlalchemy".split()
+)
+
+#: Code that calls the application's; what has called that is not of interest.
+_CALLERS = frozenset("celery click concurrent flask.app threading werkzeug".split())
+
+#: Where a session of ours asks for a connection.
+_SESSIONS = f"{__package__}.routing"
+
+
+def _origin(frame: types.FrameType | None) -> tuple[tuple[str, ...], bool]:
+    """The innermost places in the application's code, and whether a session stands before them."""
+    places: list[str] = []
+    by_session = False
+    while frame is not None and len(places) < _DEPTH:
+        name = frame.f_globals.get("__name__") or frame.f_code.co_filename.rpartition("/")[2]
+        package = name.partition(".")[0]
+        if package in _CALLERS or name in _CALLERS:
+            break
+        if package not in _TAKERS:
+            places.append(f"{name}:{frame.f_lineno} {frame.f_code.co_name}")
+        elif name == _SESSIONS and not places:
+            by_session = True
+        frame = frame.f_back
+    return tuple(places), by_session
+
+
+def _gone() -> None:
+    """In the place of a weak reference."""
+
+
+def _take_away(connection: PoolProxiedConnection, holder: Holder) -> None:
+    def refuse(*args: t.Any, **kwargs: t.Any) -> t.NoReturn:
+        raise sa.exc.ResourceClosedError(
+            f"This connection was thrown away when the context ended in which it was taken:"
+            f" {holder}. Close it before, or take it outside of the context."
+        )
+
+    with contextlib.suppress(Exception):
+        connection.invalidate()
+    # SQLAlchemy would fail an assertion.
+    connection.cursor = connection.commit = refuse  # type: ignore[method-assign]
+
+
+def _idle(pool: sa.QueuePool) -> int:
+    """How many connections wait in a pool; it keeps the places of those thrown away."""
+    places = list(pool._pool.queue)  # type: ignore[attr-defined]
+    return sum(place.dbapi_connection is not None for place in places)
 
 
 def _limit(pool: sa.QueuePool) -> int | None:
     limit = pool.size() + pool._max_overflow
     return None if pool._max_overflow < 0 or pool.size() == 0 else limit
-
-
-def _origin() -> tuple[str, ...]:
-    places: list[str] = []
-    frame = sys._getframe(2)
-    while frame is not None and len(places) < _DEPTH:
-        name = frame.f_globals.get("__name__", "?")
-        if name.partition(".")[0] not in _NOT_THE_ORIGIN:
-            places.append(f"{name}:{frame.f_lineno} {frame.f_code.co_name}")
-        frame = frame.f_back  # type: ignore[assignment]
-    return tuple(places)

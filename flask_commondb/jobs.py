@@ -12,11 +12,16 @@ import contextlib
 import functools
 import typing as t
 
+import sqlalchemy.orm as sa_orm
 from flask import Flask
 from flask import current_app
 from flask import has_app_context
+from werkzeug.local import LocalProxy
 
 from .errors import NoContextError
+from .routing import ALL_BINDS
+from .routing import AllBinds
+from .sessions import ContextRegistry
 from .sessions import SessionProxy
 from .sessions import current_context
 from .transactions import commit
@@ -35,53 +40,27 @@ def scope(db: CommonDB, app: Flask | None) -> t.Iterator[SessionProxy]:
         yield db.session
 
 
-@contextlib.contextmanager
-def unit_of_work(db: CommonDB, app: Flask | None) -> t.Iterator[None]:
-    """A :func:`scope` that commits at its end what its sessions have changed."""
-    with scope(db, app):
-        yield
-        commit(current_context(db).sessions)
-
-
 def run(
     db: CommonDB,
     app: Flask | None,
     retry: int,
     function: t.Callable[..., _T],
+    /,
     *args: t.Any,
     **kwargs: t.Any,
 ) -> _T:
     """Call a function as a job: in a unit of work of its own, again if that has met another."""
     app = app_of(db, app)
-    engines = list(db.routers[app].engines.values())
+    if app not in db.routers:
+        with app.app_context():
+            assert db.router  # raises, and says what was forgotten
     return repeat(
         functools.partial(function, *args, **kwargs),
-        functools.partial(unit_of_work, db, app),
+        functools.partial(_unit_of_work, db, app),
         retry,
-        engines,
+        list(db.routers[app].engines.values()),
         (),
         app,
-    )
-
-
-def app_of(db: CommonDB, app: Flask | None = None) -> Flask:
-    """The app that is meant: the given one, the current one, or the only one that there is.
-
-    :raises NoContextError: if that does not say which.
-    """
-    if app is not None:
-        return app
-    apps = list(db.routers)
-    if has_app_context():
-        current: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
-        if current in apps:
-            return current
-    if len(apps) == 1:
-        return apps[0]
-    names = ", ".join(repr(known.name) for known in apps) or "none"
-    raise NoContextError(
-        f"Which app is meant? No application context is active, and {db!r} is initialized for"
-        f" {len(apps)} apps ({names}). Name it: db.scope(app), @db.job(app=app)."
     )
 
 
@@ -103,7 +82,7 @@ class JobExecutor(concurrent.futures.Executor):
             )
         self._db = db
         self._executor = executor
-        self._app = app
+        self._app = None if app is None else app_of(db, app)
 
     def submit(
         self, fn: t.Callable[..., _T], /, *args: t.Any, **kwargs: t.Any
@@ -137,6 +116,47 @@ def connect_celery(app: Flask, celery: t.Any) -> None:
         contexts = getattr(task.request, _CONTEXTS, None)
         if task.app is celery and contexts:
             contexts.pop().pop(retval if isinstance(retval, BaseException) else None)
+
+
+def app_of(db: CommonDB, app: Flask | None = None) -> Flask:
+    """The app that is meant: the given one, the current one, or the only one that there is.
+
+    :raises NoContextError: if that does not say which.
+    """
+    given: t.Any = app
+    if isinstance(given, LocalProxy):  # current_app, say, which means nothing in another thread
+        given = given._get_current_object()
+    if given is not None:
+        return t.cast(Flask, given)
+    apps = list(db.routers)
+    if has_app_context():
+        current: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+        if current in apps:
+            return current
+    if len(apps) == 1:
+        return apps[0]
+    names = ", ".join(repr(known.name) for known in apps) or "none"
+    raise NoContextError(
+        f"Which app is meant? No application context is active, and {db!r} is initialized for"
+        f" {len(apps)} apps ({names}). Name it: db.scope(app), @db.job(app=app)."
+    )
+
+
+@contextlib.contextmanager
+def _unit_of_work(db: CommonDB, app: Flask) -> t.Iterator[None]:
+    """A :func:`scope` that commits at its end what its sessions have changed."""
+    with scope(db, app):
+        yield
+        commit(_sessions(db))
+
+
+def _sessions(db: CommonDB) -> dict[str | AllBinds | None, sa_orm.Session]:
+    """The current context's, in the order of their first use."""
+    found = dict(current_context(db).sessions)
+    registry = db.session.registry
+    if not isinstance(registry, ContextRegistry) and registry.has():  # by the user's scopefunc
+        found[ALL_BINDS] = registry()
+    return found
 
 
 #: On the request of a Celery task: the contexts that were pushed for it.

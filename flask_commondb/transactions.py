@@ -1,7 +1,7 @@
-"""Units of work: blocks that commit or roll back, over one bind or several, and their repetition.
+"""Units of work: blocks that commit or roll back, over one session or several, and repetition.
 
-Owns: :func:`transaction`, savepoints in it, the order of commits over several sessions, two-phase
-commit, and :func:`repeat`.
+Owns: :func:`transaction`, savepoints in it, the order of commits over several sessions, and
+:func:`repeat`.
 
 Must not: know where sessions are kept, or decide where a statement goes.
 """
@@ -19,6 +19,7 @@ from flask import Flask
 from sqlalchemy.orm.session import SessionTransactionOrigin
 
 from . import signals
+from .commits import abandon
 from .dialects import dialect_for
 from .errors import OpenTransactionError
 from .errors import PartialCommitError
@@ -50,24 +51,25 @@ def transaction(
     :raises PartialCommitError: if a commit fails after another has succeeded.
     :raises OpenTransactionError: if a two-phase transaction cannot begin any more.
     """
-    blocks = {key: _Block(key, session) for key, session in sessions.items()}
+    blocks = [_Block(key, session) for key, session in sessions.items()]
     try:
         try:
-            for block in blocks.values():
+            for block in blocks:
                 block.begin(twophase=twophase)
             yield
-            for block in blocks.values():
+            for block in blocks:
                 block.session.flush()
+            for block in blocks:
+                block.refuse_if_broken()
             if twophase:
-                for block in blocks.values():
+                for block in blocks:
                     block.prepare()
         except BaseException as error:
-            for block in blocks.values():
-                block.rollback(error)
+            _rollback(blocks, error)
             raise
         (_commit_prepared if twophase else _commit)(blocks)
     finally:
-        for block in blocks.values():
+        for block in blocks:
             block.end()
 
 
@@ -78,15 +80,16 @@ def commit(sessions: t.Mapping[_Key, sa_orm.Session]) -> None:
 
     :raises PartialCommitError: if a commit fails after another has succeeded.
     """
-    blocks = {
-        key: _Block(key, session)
+    blocks = [
+        _Block(key, session)
         for key, session in sessions.items()
         if _has_changes(session) or _may_have_written(session)
-    }
-    for block in blocks.values():
+    ]
+    for block in blocks:
         block.session.flush()
-    for block in blocks.values():
+    for block in blocks:
         block.adopt()
+        block.refuse_if_broken()
     _commit(blocks)
 
 
@@ -134,21 +137,20 @@ def begin_anew(key: _Key, session: sa_orm.Session, what: str) -> None:
     :raises OpenTransactionError: if the session has changes, or its transaction was begun by hand.
     """
     current = session.get_transaction()
-    if session.info.get(_BLOCK):
+    if is_in_block(session):
         reason = "is inside db.transaction()"
-    elif current is not None and current.origin is SessionTransactionOrigin.BEGIN:
-        reason = "is inside session.begin()"
     elif session.in_nested_transaction():
         reason = "is inside a savepoint"
+    elif current is not None and current.origin is SessionTransactionOrigin.BEGIN:
+        reason = "is inside session.begin()"
     elif _has_changes(session):
         reason = "has changes that are not committed"
     elif current is not None and _may_have_written(session):
         reason = "has an open transaction in which it may have written"
     else:
-        if current is not None:
-            session.rollback()
+        abandon(session)  # whose connection may be lost by now
         return
-    raise OpenTransactionError(what, name_of(key), reason)
+    raise OpenTransactionError(what, _name_of(key), reason)
 
 
 def is_in_block(session: sa_orm.Session) -> bool:
@@ -156,56 +158,31 @@ def is_in_block(session: sa_orm.Session) -> bool:
     return bool(session.info.get(_BLOCK))
 
 
-def name_of(key: _Key) -> str | None:
-    """A key for a message: ``db.session`` is for the default bind and all others."""
-    return "(db.session)" if key is ALL_BINDS else key
-
-
-def _has_changes(session: sa_orm.Session) -> bool:
-    return bool(session.new or session.deleted or session.dirty)
-
-
-def _may_have_written(session: sa_orm.Session) -> bool:
-    return session.may_have_written if isinstance(session, RoutingSession) else True
-
-
-def _why_repeat(error: Exception, engines: t.Iterable[sa.Engine]) -> str | None:
-    """Why a failure of a unit of work would not come again, ``None`` if it would."""
-    reasons = (dialect_for(engine.engine).failure(error) for engine in engines)
-    return next(filter(None, reasons), None)
-
-
-#: In ``session.info``: a transaction block has the session's transaction open.
-_BLOCK = "flask_commondb.transaction"
-
-#: In ``session.info``: a savepoint of the block could not be rolled back.
-_BROKEN = "flask_commondb.broken"
-
-
 class _Block:
     """One session's part of a transaction block: its transaction, or a savepoint in it."""
 
     def __init__(self, key: _Key, session: sa_orm.Session) -> None:
-        self.key = key
         self.session = session
-        self._savepoint: sa_orm.SessionTransaction | None = None
-        self._ends_twophase = False
         #: Whether its commit is durable; that of a savepoint is not.
         self.is_outermost = False
+        self._key = key
+        self._savepoint: sa_orm.SessionTransaction | None = None
+        self._ends_twophase = False
 
     @property
     def is_durable(self) -> bool:
         """Whether it has been committed, whatever a listener of the session raised after that."""
-        return isinstance(self.session, RoutingSession) and self.session.has_committed
+        session = self.session
+        return self.is_outermost and isinstance(session, RoutingSession) and session.has_committed
 
     def bind_keys(self) -> list[str | None]:
         """The binds that its commit is about."""
-        if self.key is not ALL_BINDS:
-            return [self.key]
+        if self._key is not ALL_BINDS:
+            return [self._key]
         session = self.session
         if isinstance(session, RoutingSession) and session.own_connections():
             places = map(session.router.place_of, session.own_connections())
-            return [place.bind_key for place in sorted(places)]
+            return [place.bind_key for place in sorted(places, key=lambda place: place.rank)]
         return [None]
 
     def begin(self, *, twophase: bool) -> None:
@@ -217,14 +194,13 @@ class _Block:
         begun = current is not None and current.origin is SessionTransactionOrigin.BEGIN
         if begun or session.in_nested_transaction() or is_in_block(session):
             if twophase and not session.twophase:
-                raise OpenTransactionError(
-                    "A two-phase transaction", name_of(self.key), "is inside one that is not"
-                )
+                reason = "is inside one that is not"
+                raise OpenTransactionError("A two-phase transaction", _name_of(self._key), reason)
             self._savepoint = session.begin_nested()
             self._savepoint.__enter__()
             return
         if twophase and not session.twophase:
-            begin_anew(self.key, session, "A two-phase transaction")
+            begin_anew(self._key, session, "A two-phase transaction")
             session.twophase = self._ends_twophase = True
         if not session.in_transaction() and not session.autobegin:
             session.begin()
@@ -236,30 +212,58 @@ class _Block:
         if isinstance(self.session, RoutingSession):
             self.session.has_committed = False
 
+    def refuse_if_broken(self) -> None:
+        """Make sure, before any other is durable, that nothing of the transaction is lost.
+
+        :raises sqlalchemy.exc.InvalidRequestError: if something is.
+        """
+        session = self.session
+        if not self.is_outermost:
+            return
+        if isinstance(session, RoutingSession) and any(
+            connection.invalidated for connection in session.connections_in_use
+        ):
+            raise sa.exc.InvalidRequestError(
+                "A connection was lost during the transaction, and with it what was done on it."
+                " Nothing is committed."
+            )
+        broken = session.info.get(_BROKEN)
+        if broken is not None and broken is session.get_transaction():
+            raise sa.exc.InvalidRequestError(
+                "The transaction had ended before a savepoint in it was rolled back: something"
+                " has committed or rolled back underneath. Nothing more is committed."
+            )
+
     def prepare(self) -> None:
         if not self.is_outermost:
             return
-        self._refuse_if_broken()
-        self.session.prepare()
+        try:
+            self.session.prepare()
+        except sa.exc.IllegalStateChangeError as error:
+            # Older SQLAlchemy stumbles over its own rollback, and hides why it rolls back.
+            raise error.__context__ or error from None
 
     def commit(self) -> None:
-        if self._savepoint is None:
-            self._refuse_if_broken()
+        savepoint, self._savepoint = self._savepoint, None
+        if savepoint is None:
             self.session.commit()
         else:
-            savepoint, self._savepoint = self._savepoint, None
             savepoint.__exit__(None, None, None)
 
     def rollback(self, error: BaseException) -> None:
-        try:  # the error that led here is the one to show
-            if self.is_outermost:
-                self.session.rollback()
-            elif self._savepoint is not None:
-                savepoint, self._savepoint = self._savepoint, None
+        """Undo it. Raises no ``Exception``: the one that led here is the one to show."""
+        savepoint, self._savepoint = self._savepoint, None
+        if self.is_outermost:
+            abandon(self.session)
+        elif savepoint is not None:
+            try:
                 savepoint.__exit__(type(error), error, error.__traceback__)
-        except Exception:
-            if not self.is_outermost:
-                self.session.info[_BROKEN] = True
+            except Exception:
+                self.spoil()
+
+    def spoil(self) -> None:
+        """Have the block around it refuse to commit: this part of it is not as it should be."""
+        self.session.info[_BROKEN] = self.session.get_transaction()
 
     def end(self) -> None:
         if self.is_outermost:
@@ -268,57 +272,100 @@ class _Block:
         if self._ends_twophase:
             self.session.twophase = False
 
-    def _refuse_if_broken(self) -> None:
-        if self.session.info.pop(_BROKEN, False):
-            raise sa.exc.InvalidRequestError(
-                "The transaction had ended before a savepoint in it was rolled back: something"
-                " has committed or rolled back underneath. Nothing more is committed."
-            )
+
+def _rollback(blocks: t.Iterable[_Block], error: BaseException) -> None:
+    with contextlib.ExitStack() as stack:  # all of them, also when an interrupt comes in between
+        for block in blocks:
+            stack.callback(block.rollback, error)
 
 
-def _commit(blocks: t.Mapping[_Key, _Block]) -> None:
-    names = {key: block.bind_keys() for key, block in blocks.items()}
-    committed: list[str | None] = []
-    pending = list(blocks)
-    for key, block in blocks.items():
-        pending.remove(key)
+def _commit(blocks: t.Sequence[_Block]) -> None:
+    names = {block: block.bind_keys() for block in blocks}
+    durable: list[str | None] = []
+    for index, block in enumerate(blocks):
         try:
             block.commit()
         except BaseException as error:
-            for other in (key, *pending):
-                blocks[other].rollback(error)
-            failed, undone = names[key][0], [name for other in pending for name in names[other]]
+            others = blocks[index + 1 :]
+            _rollback([block, *others], error)
+            if not block.is_outermost:
+                for other in blocks[:index]:  # released, and cannot be undone by themselves
+                    other.spoil()
+            failed, undone = names[block][0], [key for other in others for key in names[other]]
             if isinstance(error, PartialCommitError):
-                committed += error.committed
+                durable += error.committed
                 failed, undone = error.failed, [*error.pending, *undone]
-            elif block.is_outermost and block.is_durable:
-                committed += names[key]
-            if not committed or len(blocks) == 1 or not isinstance(error, Exception):
+            elif block.is_durable:
+                durable += names[block]
+            if not durable or len(blocks) == 1 or not isinstance(error, Exception):
                 raise
-            raise PartialCommitError(committed, failed, undone) from error
+            raise PartialCommitError(durable, failed, undone) from error
         if block.is_outermost:
-            committed += names[key]
+            durable += names[block]
 
 
-def _commit_prepared(blocks: t.Mapping[_Key, _Block]) -> None:
+def _commit_prepared(blocks: t.Sequence[_Block]) -> None:
     """The second phase: each is committed, whatever happens to another."""
-    names = {key: block.bind_keys() for key, block in blocks.items()}
-    committed: list[str | None] = []
+    names = {block: block.bind_keys() for block in blocks}
+    durable: list[str | None] = []
     prepared: list[str | None] = []
-    errors: list[BaseException] = []
-    for block in blocks.values():
+    failures: dict[_Block, BaseException] = {}
+    for block in blocks:
         try:
             block.commit()
-        except PartialCommitError as error:
-            committed += error.committed
-            prepared += error.prepared
-            errors.insert(0, error.__cause__ or error)
-        except BaseException as error:  # a listener's, after the commit
-            errors.append(error)
+        except BaseException as error:
+            _rollback([block], error)
+            failures[block] = error
+            if isinstance(error, PartialCommitError):
+                durable += error.committed
+                prepared += error.prepared
+            elif block.is_durable:  # a listener's, after the commit
+                durable += names[block]
         else:
             if block.is_outermost:
-                committed += names[block.key]
-    if prepared:
-        raise PartialCommitError(committed, prepared[0], [], prepared) from errors[0]
-    if errors:
-        raise errors[0]
+                durable += names[block]
+    for failure in failures.values():
+        if not isinstance(failure, Exception):
+            raise failure
+    for failure in failures.values():
+        if isinstance(failure, PartialCommitError):
+            raise PartialCommitError(durable, prepared[0], [], prepared) from failure.__cause__
+    for block, failure in failures.items():
+        if durable and len(blocks) > 1:
+            raise PartialCommitError(durable, names[block][0], []) from failure
+        raise failure
+
+
+def _has_changes(session: sa_orm.Session) -> bool:
+    return bool(session.new or session.deleted) or any(map(session.is_modified, session.dirty))
+
+
+def _may_have_written(session: sa_orm.Session) -> bool:
+    return session.may_have_written if isinstance(session, RoutingSession) else True
+
+
+def _name_of(key: _Key) -> str | None:
+    """A key for a message: ``db.session`` is for the default bind and all others."""
+    return "(db.session)" if key is ALL_BINDS else key
+
+
+def _why_repeat(error: BaseException, engines: t.Iterable[sa.Engine]) -> str | None:
+    """Why a failure of a unit of work would not come again, ``None`` if it would."""
+    dialects = [dialect_for(engine.engine) for engine in engines]
+    databases = (sa.exc.DBAPIError, *(each.dialect.loaded_dbapi.Error for each in dialects))
+    # A deadlock on MariaDB leaves no savepoint to go back to. To say so is the last error, then.
+    found: BaseException | None = error
+    while found is not None and isinstance(found, databases):
+        for dialect in dialects:
+            reason = dialect.failure(found)
+            if reason is not None:
+                return reason
+        found = found.__context__
+    return None
+
+
+#: In ``session.info``: a transaction block has the session's transaction open.
+_BLOCK = "flask_commondb.transaction"
+
+#: In ``session.info``: the transaction of which a savepoint could not be ended as it should have.
+_BROKEN = "flask_commondb.broken"

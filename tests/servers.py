@@ -850,6 +850,7 @@ full_page_writes = off
 synchronous_commit = on             # off would keep commits from the standby for 200 ms
 wal_level = replica
 wal_keep_size = 32MB
+max_prepared_transactions = 10      # two-phase commit; off by default
 hot_standby = on
 wal_retrieve_retry_interval = 50ms
 wal_receiver_status_interval = 1s
