@@ -34,6 +34,8 @@ def close_session(session: sa_orm.Session, endpoint: str | None = None) -> None:
         if session.replica_connections:
             session.release_replica_connections()
         connections = session.own_connections()
+        for connection in connections:
+            pools.stop_reading(connection)
     interrupt: BaseException | None = None  # it must not keep the others open
     if (
         isinstance(session, RoutingSession) and len(connections) > 1

@@ -182,12 +182,15 @@ class CommonDB(SQLAlchemy):
         :param bind_key: for SQL text of another bind than the default one.
         :param chunk: how many rows are fetched at once.
         :raises TypeError: if the statement writes.
+        :raises ValueError: if ``chunk`` is less than 1.
         :raises UnknownBindError: for a key that the current app does not configure.
         """
         context = current_context(self)
         if bind_key is not None and bind_key not in context.router.engines:
             raise UnknownBindError(bind_key, context.router.engines)
-        session = RoutingSession(self)
+        session = self.session.session_factory()  # with the listeners and options of all others
+        if not isinstance(session, RoutingSession):
+            session = RoutingSession(self)
         key = ALL_BINDS if bind_key is None else bind_key
         session.join_context(key, context.router, context.roles)
         unit = self._session_for(bind_key)
@@ -422,7 +425,7 @@ class CommonDB(SQLAlchemy):
         except TypeError as error:  # an engine option that does not exist
             raise ConfigError([f"Replica {name} of bind {bind_key!r}: {error}"]) from error
         pools.prepare_replica(engine)
-        return Replica(bind_key, name, engine, replica.weight)
+        return Replica(bind_key, name, engine, replica.weight, pools.streaming(engine))
 
     def _make_declarative_base(self, model_class: t.Any, *args: t.Any, **kwargs: t.Any) -> t.Any:
         return super()._make_declarative_base(_as_plain_class(model_class), *args, **kwargs)
@@ -460,12 +463,13 @@ class CommonDB(SQLAlchemy):
 
         @functools.wraps(original)
         def do_teardown_appcontext(*args: t.Any, **kwargs: t.Any) -> None:
+            given = (value for value in args if isinstance(value, BaseException))
             try:
                 original(*args, **kwargs)
             except BaseException as error:
                 self._teardown_session(error)
                 raise
-            self._teardown_session(None)
+            self._teardown_session(next(given, None))
 
         do_teardown_appcontext.closes_for = self  # type: ignore[attr-defined]
         app.do_teardown_appcontext = do_teardown_appcontext  # type: ignore[method-assign]

@@ -26,12 +26,14 @@ class Replica:
     :param name: what it is called in logs and pages; never with a user or a password.
     :param engine: its engine, whose connections are read-only.
     :param weight: its share of the reads, relative to the others.
+    :param streaming: its engine for results that are read while they arrive, if that is another.
     """
 
     bind_key: str | None
     name: str
     engine: sa.Engine
     weight: float = 1
+    streaming: sa.Engine | None = None
     #: When it may be tried again, on the set's clock. Written and read as one value: no lock.
     paused_until: float = dataclasses.field(default=float("-inf"), repr=False)
 

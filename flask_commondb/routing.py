@@ -530,7 +530,7 @@ class RoutingSession(KeepsApart, UpstreamSession):
         return [(entry[0], entry[3]) for name, entry in entries.items() if name is entry[0]]
 
     def _replica_engine(self, replica: Replica) -> sa.Engine:
-        return pools.streaming(replica.engine) if self.is_stream else replica.engine
+        return replica.streaming or replica.engine if self.is_stream else replica.engine
 
     def _given_or_own(self, bind_key: str | None) -> str | None:
         return bind_key if self.bind_key is ALL_BINDS else self.bind_key

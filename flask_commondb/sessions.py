@@ -201,12 +201,15 @@ class OpenContexts:
         :param failed: also what a response was to read from.
         """
         interrupt: BaseException | None = None  # it must not keep the others open
+        closings: list[t.Callable[[], None]] = []
         for held in list(context.streams):
             if failed or not held.has_response:
-                held.close()
+                closings.append(held.close)
         for session in context.sessions.values():
+            closings.append(functools.partial(close_session, session, context.endpoint))
+        for close in closings:
             try:
-                close_session(session, context.endpoint)
+                close()
             except BaseException as error:
                 interrupt = error
         if interrupt is not None:

@@ -262,7 +262,7 @@ class _Block:
                 self.spoil()
 
     def spoil(self) -> None:
-        """Have the block around it refuse to commit: this part of it is not as it should be."""
+        """Have the block around it refuse to commit: not all that belongs together is there."""
         self.session.info[_BROKEN] = self.session.get_transaction()
 
     def end(self) -> None:
@@ -289,8 +289,7 @@ def _commit(blocks: t.Sequence[_Block]) -> None:
             others = blocks[index + 1 :]
             _rollback([block, *others], error)
             if not block.is_outermost:
-                for other in blocks[:index]:  # released, and cannot be undone by themselves
-                    other.spoil()
+                _spoil(blocks[:index])
             failed, undone = names[block][0], [key for other in others for key in names[other]]
             if isinstance(error, PartialCommitError):
                 durable += error.committed
@@ -304,6 +303,12 @@ def _commit(blocks: t.Sequence[_Block]) -> None:
             durable += names[block]
 
 
+def _spoil(blocks: t.Iterable[_Block]) -> None:
+    """A savepoint was not released; what others have released cannot be undone by itself."""
+    for block in blocks:
+        block.spoil()
+
+
 def _commit_prepared(blocks: t.Sequence[_Block]) -> None:
     """The second phase: each is committed, whatever happens to another."""
     names = {block: block.bind_keys() for block in blocks}
@@ -315,6 +320,8 @@ def _commit_prepared(blocks: t.Sequence[_Block]) -> None:
             block.commit()
         except BaseException as error:
             _rollback([block], error)
+            if not block.is_outermost:
+                _spoil(blocks)
             failures[block] = error
             if isinstance(error, PartialCommitError):
                 durable += error.committed

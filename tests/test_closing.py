@@ -158,6 +158,24 @@ def test_an_interrupted_teardown_is_finished(
     lab.dispose()
 
 
+def test_a_result_that_was_not_read(lab: Lab) -> None:
+    """A session that ends in the middle of a large result does not read the rest of it: its
+    connection is thrown away, and the next one is another."""
+    number = sa.text("SELECT CONNECTION_ID()")
+    large = sa.text("SELECT seq FROM seq_1_to_10000000")
+    with lab.app.app_context():
+        before = lab.db.sessions["second"].scalar(number)
+    with lab.app.app_context():
+        session = lab.db.sessions["second"]
+        assert session.scalar(number) == before
+        assert next(iter(session.execute(large, execution_options={"stream_results": True}))) == (
+            1,
+        )
+    assert lab.checked_out() == 0
+    with lab.app.app_context():
+        assert lab.db.sessions["second"].scalar(number) != before
+
+
 def test_closed_for_each_app(lab: Lab, mariadb_database: Database[MariaDBCluster]) -> None:
     """Two apps on one ``db``: each context closes its own sessions, nested ones too."""
     other = Lab(mariadb_database.primary_url)

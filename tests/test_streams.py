@@ -1304,3 +1304,31 @@ def test_fork_in_mid_stream(lab: Lab) -> None:
                 os._exit(code)
         assert os.waitpid(child, 0)[1] == 0
         assert sum(1 for _ in stream) == 3_999
+
+
+# Listeners ------------------------------------------------------------------------------------
+
+
+def test_listeners_of_the_session(on_sqlite: Lab) -> None:
+    """A listener on ``db.session`` that narrows what may be read holds for streams, too."""
+
+    @sa.event.listens_for(on_sqlite.db.session, "do_orm_execute")
+    def only_the_first(state: so.ORMExecuteState) -> None:
+        criteria = so.with_loader_criteria(on_sqlite.Post, on_sqlite.Post.id == 1)
+        state.statement = t.cast(sa.Select[t.Any], state.statement).options(criteria)
+
+    with on_sqlite.app.app_context():
+        assert list(on_sqlite.db.stream(sa.select(on_sqlite.Post.id)).scalars()) == [1]
+
+
+def test_one_engine_for_all_streams(postgresql_database: Database[t.Any]) -> None:
+    """Streams from a standby share what SQLAlchemy has compiled, however many there are."""
+    lab = Lab(postgresql_database.primary_url, postgresql_database.replica_urls)
+    make_posts(lab)
+    postgresql_database.sync()
+    (replica,) = lab.db.routers[lab.app].replicas
+    with lab.request("GET"):
+        for _ in range(10):
+            list(lab.db.stream(sa.select(lab.Post.title)))
+    assert len(replica._compiled_cache) <= 2
+    lab.dispose()

@@ -203,14 +203,14 @@ def order(lab: Lab, item: str) -> t.Any:
     return lab.Order(item=item)  # type: ignore[attr-defined]
 
 
-# Commit and blocks on SQLite ------------------------------------------------------------------
-
-
 def run_together(*functions: t.Callable[[], object]) -> None:
     """Run each function in a thread of its own; the first error comes out."""
     with concurrent.futures.ThreadPoolExecutor(len(functions)) as executor:
         for future in [executor.submit(function) for function in functions]:
             future.result(60 + ROUNDS)
+
+
+# Commit and blocks on SQLite ------------------------------------------------------------------
 
 
 def test_a_failed_commit_has_rolled_back(lab: Lab) -> None:
@@ -848,17 +848,19 @@ def test_a_listener_that_refuses(make_shop: MakeShop) -> None:
 def test_a_half_released_inner_block(make_shop: MakeShop) -> None:
     """An inner block over several keys that fails half-way cannot be half kept by the outer one."""
     shop = make_shop("mariadb", "postgresql")
-    keys = (None, "second")
-    with shop.app.app_context():
-        with pytest.raises(sa.exc.InvalidRequestError, match="Nothing more is committed"):
-            with shop.db.transaction(*keys) as (first, second):
-                shop.add(second, "second", title="outer")
-                with pytest.raises(sa.exc.DBAPIError, match="aborted"), shop.db.transaction(*keys):
-                    shop.add(first, None, title="inner")
-                    shop.add(second, "second", title="inner")
-                    with contextlib.suppress(Exception), shop.db.cursor("second") as cursor:
-                        cursor.execute("SELECT * FROM missing")
-        assert shop.durable() == {None: [], "second": []}
+    for twophase in (False, True):
+        with shop.app.app_context():
+            with pytest.raises(sa.exc.InvalidRequestError, match="Nothing more is committed"):
+                with shop.db.transaction(*KEYS, twophase=twophase) as (first, second):
+                    shop.add(second, "second", title="outer")
+                    with pytest.raises(sa.exc.DBAPIError, match="aborted"):
+                        with shop.db.transaction(*KEYS, twophase=twophase):
+                            shop.add(first, None, title="inner")
+                            shop.add(second, "second", title="inner")
+                            with contextlib.suppress(Exception), shop.db.cursor("second") as cursor:
+                                cursor.execute("SELECT * FROM missing")
+            assert (shop.prepared(), shop.checked_out()) == ([], 0)
+    assert shop.durable() == {None: [], "second": []}
 
 
 @pytest.mark.parametrize("server", ["mariadb", "postgresql", "sqlite"])
