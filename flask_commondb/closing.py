@@ -35,11 +35,10 @@ def close_session(session: sa_orm.Session, endpoint: str | None = None) -> None:
             session.release_replica_connections()
         connections = session.own_connections()
         for connection in connections:
-            pools.stop_reading(connection)
+            pools.stop_reading(connection)  # closing it would be to read the rest
     interrupt: BaseException | None = None  # it must not keep the others open
-    if (
-        isinstance(session, RoutingSession) and len(connections) > 1
-    ):  # a session stops at the first one that raises
+    # A session stops at the first one that raises.
+    if isinstance(session, RoutingSession) and len(connections) > 1:
         for connection in connections:
             try:
                 _close_connection(session, connection, endpoint)

@@ -168,9 +168,8 @@ def test_a_result_that_was_not_read(lab: Lab) -> None:
     with lab.app.app_context():
         session = lab.db.sessions["second"]
         assert session.scalar(number) == before
-        assert next(iter(session.execute(large, execution_options={"stream_results": True}))) == (
-            1,
-        )
+        result = session.execute(large, execution_options={"stream_results": True})
+        assert next(iter(result)) == (1,)
     assert lab.checked_out() == 0
     with lab.app.app_context():
         assert lab.db.sessions["second"].scalar(number) != before
