@@ -136,13 +136,13 @@ class OpenTransactionError(CommonDBError, sa_exc.InvalidRequestError):
     """A unit of work cannot begin, because the session is in the middle of another one.
 
     :param what: what was to begin.
-    :param bind_key: the session's bind key; for ``db.session`` its name.
-    :param reason: what the session is in the middle of.
+    :param session: what the session is called, ``db.session`` say.
+    :param reason: what it is in the middle of.
     """
 
-    def __init__(self, what: str, bind_key: str | None, reason: str) -> None:
+    def __init__(self, what: str, session: str, reason: str) -> None:
         super().__init__(
-            f"{what} needs a transaction of its own, but the session of bind {bind_key!r} {reason}."
+            f"{what} needs a transaction of its own, but {session} {reason}."
             " Commit or roll back before, or call it from outside of that transaction."
         )
 

@@ -86,7 +86,7 @@ class CommonDB(SQLAlchemy):
 
     _configs: weakref.WeakKeyDictionary[Flask, config.Config]
     _routers: weakref.WeakKeyDictionary[Flask, Router]
-    _celery_apps: weakref.WeakSet[t.Any]
+    _celery_apps: weakref.WeakKeyDictionary[t.Any, Flask]
 
     def init_app(self, app: Flask) -> None:
         """Initialize an app, as in Flask-SQLAlchemy.
@@ -196,7 +196,7 @@ class CommonDB(SQLAlchemy):
         unit = self._session_for(bind_key)
         return open_stream(session, unit, context.streams, statement, params, chunk)
 
-    def scope(self, app: Flask | None = None) -> contextlib.AbstractContextManager[SessionProxy]:
+    def scope(self, app: Flask | None = None) -> contextlib._GeneratorContextManager[SessionProxy]:
         """A context outside of a request: ``with db.scope(app):``. Its sessions are its own.
 
         They are closed when the block ends; what was not committed is rolled back.
@@ -249,11 +249,18 @@ class CommonDB(SQLAlchemy):
         :param celery: the Celery app.
         :param app: may be left out where an app is current, or ``db`` has only one.
         :raises NoContextError: if it is not clear which app is meant.
+        :raises ValueError: if its tasks have contexts of another app already.
         """
         app = jobs.app_of(self, app)
-        if celery not in self._celery_apps:
-            self._celery_apps.add(celery)
+        known = self._celery_apps.get(celery)
+        if known is None:
+            self._celery_apps[celery] = app
             jobs.connect_celery(app, celery)
+        elif known is not app:
+            raise ValueError(
+                f"The tasks of {celery!r} have contexts of {known!r} already, and cannot have those"
+                f" of {app!r} as well."
+            )
 
     def pool_status(self, app: Flask | None = None) -> list[PoolStatus]:
         """How many connections are out, for each primary and replica, and who holds them. No I/O.
@@ -371,7 +378,7 @@ class CommonDB(SQLAlchemy):
             self._configs = weakref.WeakKeyDictionary()
             self._routers = weakref.WeakKeyDictionary()
             self.scopes = contextvars.ContextVar("flask_commondb_scopes", default=())
-            self._celery_apps = weakref.WeakSet()
+            self._celery_apps = weakref.WeakKeyDictionary()
             self.open_contexts = OpenContexts()
             self.sessions = Sessions(self, factory)
         if scopefunc is not None:
@@ -514,9 +521,10 @@ class CommonDB(SQLAlchemy):
 
         @functools.wraps(function)
         def unit_of_work(*args: t.Any, **kwargs: t.Any) -> t.Any:
+            taken = self._taken(bind_keys)
             if retry:
-                for key, session in self._taken(bind_keys).items():
-                    begin_anew(key, session, f"{function.__qualname__}()")
+                for key, session in taken.items():
+                    begin_anew(key, session, f"{_name_of(function)}()")
             unit = functools.partial(function, *args, **kwargs)
             engines = [self.engines[key] for key in bind_keys or self.engines]
             return repeat(unit, begin, retry, engines, bind_keys, jobs.app_of(self))
@@ -542,11 +550,19 @@ class CommonDB(SQLAlchemy):
 
 
 def _refuse_what_cannot_run_again(function: t.Any, decorator: str) -> None:
-    if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+    if (
+        inspect.isgeneratorfunction(function)
+        or inspect.iscoroutinefunction(function)
+        or inspect.isasyncgenfunction(function)
+    ):
         raise TypeError(
             f"{decorator} is for a function that returns when its work is done;"
-            f" {function.__qualname__}() is a generator or a coroutine."
+            f" {_name_of(function)}() is a generator or a coroutine."
         )
+
+
+def _name_of(function: t.Any) -> str:
+    return getattr(function, "__qualname__", None) or repr(function)
 
 
 class _PlainClass:

@@ -38,6 +38,7 @@ from . import pools
 from . import procedures
 from . import signals
 from .commits import Place
+from .commits import abandon
 from .commits import commit_in_order
 from .config import server_name
 from .errors import UnknownBindError
@@ -120,8 +121,11 @@ class Router:
                     yield replica.engine, bind_key, "replica", replica.name
 
     def place_of(self, connection: sa.Connection) -> Place:
-        """Where a connection stands in a commit: the default bind first, then as configured."""
-        bind_key = self.bind_key_of(connection.engine)
+        """Where a connection stands in a commit: the default bind first, then as configured.
+
+        Last comes an engine of the caller's own, which is called by its server's name.
+        """
+        bind_key = self.bind_key_of(connection.engine, server_name(connection.engine.url))
         keys = sorted(self.engines, key=lambda key: key is not None)
         return Place(keys.index(bind_key) if bind_key in keys else len(keys), bind_key)
 
@@ -327,9 +331,14 @@ class RoutingSession(KeepsApart, UpstreamSession):
         try:
             super().commit()
         except BaseException:
-            with contextlib.suppress(Exception):  # the first error is the one to show
-                self.rollback()
+            abandon(self)
             raise
+
+    def begin(self, nested: bool = False) -> sa_orm.SessionTransaction:
+        """As in SQLAlchemy, which takes what a first savepoint stands in for begun by hand."""
+        if nested and self.autobegin:
+            self._autobegin_t()
+        return super().begin(nested)
 
     def release_replica_connections(self) -> None:
         """Give the replica connections back to their pools. No I/O, and raises no Exception."""

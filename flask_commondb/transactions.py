@@ -351,9 +351,9 @@ def _may_have_written(session: sa_orm.Session) -> bool:
     return session.may_have_written if isinstance(session, RoutingSession) else True
 
 
-def _name_of(key: _Key) -> str | None:
-    """A key for a message: ``db.session`` is for the default bind and all others."""
-    return "(db.session)" if key is ALL_BINDS else key
+def _name_of(key: _Key) -> str:
+    """What a session is called in a message."""
+    return "db.session" if key is ALL_BINDS else f"db.sessions[{key!r}]"
 
 
 def _why_repeat(error: BaseException, engines: t.Iterable[sa.Engine]) -> str | None:

@@ -60,6 +60,10 @@ class MySQL(Generic):
             self.dialect.connect = connection_class()  # type: ignore[method-assign]
 
     def why_no_twophase(self, engine: sa.Engine) -> str | None:
+        with engine.connect():  # so that the version is known
+            dialect = t.cast(t.Any, self.dialect)
+        if dialect.server_version_info < ((10, 5) if dialect.is_mariadb else (5, 7, 7)):
+            return "before MariaDB 10.5 and MySQL 5.7.7, what is prepared ends with its connection"
         return None
 
     def parameters(
