@@ -42,6 +42,7 @@ def test_what_the_package_says(distribution: importlib.metadata.Distribution) ->
     plugins = distribution.entry_points.select(group="pytest11")
     assert {plugin.value for plugin in plugins} == {"flask_commondb.pytest_plugin"}
     assert set(distribution.metadata.get_all("Provides-Extra") or []) == {
+        "celery",
         "migrate",
         "mysql",
         "mysqlclient",
