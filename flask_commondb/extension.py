@@ -484,7 +484,9 @@ class CommonDB(SQLAlchemy):
     def _watch_pools(self, app: Flask) -> None:
         router = self._routers[app]
         for engine, bind_key, _, name in router.servers():
-            router.watch.watch(engine, bind_key, name)
+            # One connection for all is taken twice, never lacking, and may be the database itself.
+            if not pools.is_shared(engine):
+                router.watch.watch(engine, bind_key, name)
             tell_when_exhausted(engine, router.watch, bind_key, name)
 
     def _forget_router(self, app: Flask) -> None:

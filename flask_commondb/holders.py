@@ -111,9 +111,6 @@ class LeakWatch(NoWatch):
         self._checkouts: dict[ConnectionPoolEntry, _Checkout] = {}
 
     def watch(self, engine: sa.Engine, bind_key: str | None, server: str) -> None:
-        if isinstance(engine.pool, (sa.StaticPool, sa.pool.SingletonThreadPool)):
-            return  # one connection for all: taken twice, never lacking, and the database itself
-
         @sa.event.listens_for(engine, "checkout")
         def checkout(
             dbapi_connection: DBAPIConnection,

@@ -120,11 +120,18 @@ def stop_reading(connection: sa.Connection) -> None:
 
     To close it properly would be to read all of it.
     """
-    if not connection.closed and not connection.invalidated:
-        dbapi_connection = connection.connection.dbapi_connection
-        dialect = dialect_for(connection.engine)
-        if dbapi_connection is not None and dialect.is_reading(dbapi_connection):
-            discard(connection)
+    if is_reading(connection):
+        discard(connection)
+
+
+def is_reading(connection: sa.Connection) -> bool:
+    """Whether a connection that is checked out still has rows on their way. No round trip."""
+    if connection.closed or connection.invalidated:
+        return False
+    dbapi_connection = connection.connection.dbapi_connection
+    return dbapi_connection is not None and dialect_for(connection.engine).is_reading(
+        dbapi_connection
+    )
 
 
 def discard(connection: sa.Connection) -> None:

@@ -23,7 +23,6 @@ from flask import has_request_context
 
 from . import pools
 from .closing import close_session
-from .dialects import dialect_for
 from .routing import RoutingSession
 
 _T = t.TypeVar("_T", covariant=True)
@@ -242,21 +241,12 @@ def _execute(
 
 def _refuse_while_reading(state: sa_orm.ORMExecuteState) -> None:
     """PyMySQL would throw the rest of the rows away, and the stream would end as if read."""
-    if any(map(_is_reading, t.cast(RoutingSession, state.session).all_connections())):
+    if any(map(pools.is_reading, t.cast(RoutingSession, state.session).all_connections())):
         raise sa.exc.InvalidRequestError(
             "An object of a stream was to load more, but the server sends the stream's rows on"
             " their connection, and takes no other statement there until all are read. Load what"
             " is wanted with the rows, by joinedload() say, or in db.session."
         )
-
-
-def _is_reading(connection: sa.Connection) -> bool:
-    if connection.closed or connection.invalidated:
-        return False
-    dbapi_connection = connection.connection.dbapi_connection
-    return dbapi_connection is not None and dialect_for(connection.engine).is_reading(
-        dbapi_connection
-    )
 
 
 def _stop(connection: sa.Connection) -> None:
