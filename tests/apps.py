@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import typing as t
+from pathlib import Path
 
 import sqlalchemy as sa
 import sqlalchemy.orm as so
@@ -99,6 +100,24 @@ class Lab:
     def dispose(self) -> None:
         for engine in self.engines:
             engine.dispose()
+
+
+def lab_with_orders(directory: Path) -> Lab:
+    """An app on SQLite with two binds and no replicas; ``Order`` is the model of the second."""
+    lab = Lab(
+        f"sqlite:///{directory}/default.db",
+        config={"SQLALCHEMY_BINDS": {"orders": f"sqlite:///{directory}/orders.db"}},
+    )
+
+    class Order(lab.db.Model):  # type: ignore[name-defined, misc]
+        __bind_key__ = "orders"
+        id: so.Mapped[int] = so.mapped_column(primary_key=True)
+        item: so.Mapped[str] = so.mapped_column(sa.String(50), unique=True)
+
+    lab.Order = Order  # type: ignore[attr-defined]
+    with lab.app.app_context():
+        lab.db.create_all()
+    return lab
 
 
 def can_say_who(database: t.Any) -> None:

@@ -11,18 +11,16 @@ import sys
 import typing as t
 from pathlib import Path
 
+import celery as celery_package
 import pytest
 import sqlalchemy as sa
 from flask import current_app
 from flask import has_app_context
 
 from .apps import Lab
+from .celery_app import add_tasks
+from .celery_app import make_celery
 from .servers import wait_until
-
-celery_package = pytest.importorskip("celery")
-
-from .celery_app import add_tasks  # noqa: E402
-from .celery_app import make_celery  # noqa: E402
 
 if t.TYPE_CHECKING:
     import collections.abc as c

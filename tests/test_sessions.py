@@ -22,6 +22,7 @@ from flask_commondb import WrongBindError
 from flask_commondb.signals import session_close_failed
 
 from .apps import Lab
+from .apps import lab_with_orders
 
 if t.TYPE_CHECKING:
     from pathlib import Path
@@ -33,19 +34,7 @@ if t.TYPE_CHECKING:
 @pytest.fixture
 def lab(tmp_path: Path) -> t.Iterator[Lab]:
     """An app on SQLite with two binds and no replicas."""
-    lab = Lab(
-        f"sqlite:///{tmp_path}/default.db",
-        config={"SQLALCHEMY_BINDS": {"orders": f"sqlite:///{tmp_path}/orders.db"}},
-    )
-
-    class Order(lab.db.Model):  # type: ignore[name-defined, misc]
-        __bind_key__ = "orders"
-        id: so.Mapped[int] = so.mapped_column(primary_key=True)
-        item: so.Mapped[str] = so.mapped_column(sa.String(50), unique=True)
-
-    lab.Order = Order  # type: ignore[attr-defined]
-    with lab.app.app_context():
-        lab.db.create_all()
+    lab = lab_with_orders(tmp_path)
     yield lab
     lab.dispose()
 

@@ -27,6 +27,7 @@ from flask_commondb import commits
 from flask_commondb.signals import unit_repeated
 
 from .apps import Lab
+from .apps import lab_with_orders
 from .proxy import Proxy
 from .servers import Database
 from .servers import wait_until
@@ -181,19 +182,7 @@ def make_shop(request: pytest.FixtureRequest, tmp_path: Path) -> c.Iterator[Make
 @pytest.fixture
 def lab(tmp_path: Path) -> t.Iterator[Lab]:
     """An app on SQLite with two binds and no replicas."""
-    lab = Lab(
-        f"sqlite:///{tmp_path}/default.db",
-        config={"SQLALCHEMY_BINDS": {"orders": f"sqlite:///{tmp_path}/orders.db"}},
-    )
-
-    class Order(lab.db.Model):  # type: ignore[name-defined, misc]
-        __bind_key__ = "orders"
-        id: so.Mapped[int] = so.mapped_column(primary_key=True)
-        item: so.Mapped[str] = so.mapped_column(sa.String(50), unique=True)
-
-    lab.Order = Order  # type: ignore[attr-defined]
-    with lab.app.app_context():
-        lab.db.create_all()
+    lab = lab_with_orders(tmp_path)
     yield lab
     assert lab.checked_out() == 0
     lab.dispose()
