@@ -62,8 +62,9 @@ def test_layers(module: str) -> None:
     ("module", "expected"),
     [
         ("dialects.generic", set()),
-        ("dialects.mysql", {"dialects.generic"}),
+        ("dialects.mysql", {"dialects.generic", "dialects.pymysql"}),
         ("dialects.postgresql", {"dialects.generic"}),
+        ("dialects.pymysql", set()),
         ("dialects.sqlite", {"dialects.generic"}),
         (
             "dialects.__init__",

@@ -36,7 +36,7 @@ from sqlalchemy.sql import visitors
 
 from flask_commondb import CommonDB
 from flask_commondb import pools
-from flask_commondb.dialects.mysql import connection_class
+from flask_commondb.dialects.pymysql import connection_class
 
 #: Flask's main and minor version.
 FLASK = tuple(map(int, importlib.metadata.version("flask").split(".")[:2]))
