@@ -151,6 +151,38 @@ class TwoPhaseNotSupported(CommonDBError, NotImplementedError):
     """``db.transaction(…, twophase=True)`` over a server that cannot prepare a transaction."""
 
 
+class StatementTimeout(CommonDBError, sa_exc.OperationalError):
+    """The server has stopped a statement that took longer than it may. It has had no effect.
+
+    On MariaDB and MySQL the transaction goes on. PostgreSQL lets it do nothing more; if it had only
+    read until then, it was ended and the session begins another by itself.
+
+    :param error: SQLAlchemy's; ``orig`` is the driver's.
+    :param bind_key: the bind of the server.
+    :param limit: how many seconds it was given, ``None`` if the limit is the server's own.
+    """
+
+    def __init__(
+        self, error: sa_exc.DBAPIError, bind_key: str | None, limit: float | None = None
+    ) -> None:
+        self.bind_key = bind_key
+        self.limit = limit
+        seconds = "it may" if limit is None else f"{limit:g} s"
+        sa_exc.DBAPIError.__init__(
+            self,
+            error.statement,
+            None,  # the parameters are nobody's business
+            error.orig,  # type: ignore[arg-type]
+            hide_parameters=True,
+            connection_invalidated=error.connection_invalidated,
+        )
+        self.args = (
+            f"A statement on bind {bind_key!r} took longer than {seconds}, and was stopped by the"
+            f" server. Give it more time in 'with db.timeout(…):', or ask for less at once:"
+            f" {error.orig}",
+        )
+
+
 class PoolExhausted(CommonDBError, sa_exc.TimeoutError):
     """No connection came back to the pool in time; the text names who holds them.
 

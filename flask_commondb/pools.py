@@ -18,26 +18,36 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from . import forks
+from . import liveness
+from .dialects import CurrentLimits
 from .dialects import Generic
+from .dialects import Limits
 from .dialects import dialect_for
 from .errors import TwoPhaseNotSupported
+from .executing import Executor
+from .options import PoolSettings
 
 #: A replica's engine always has this. Each SELECT sees the newest data, and nothing stays open.
 REPLICA_ISOLATION = "AUTOCOMMIT"
 
 
-def prepare(engine: sa.Engine, *, has_replicas: bool = False) -> None:
+def prepare(
+    engine: sa.Engine,
+    settings: PoolSettings,
+    bind_key: str | None,
+    limits: CurrentLimits,
+    *,
+    has_replicas: bool = False,
+) -> None:
     """Make a primary's engine ready. Called once, before its first connection.
 
     :param engine: the engine of a bind.
+    :param settings: what the bind's options say beyond SQLAlchemy's.
+    :param bind_key: the bind.
+    :param limits: what the caller allows to a statement at the moment.
     :param has_replicas: whether reads will go elsewhere.
     """
-    dialect = dialect_for(engine)
-    dialect.install(engine)
-    if not dialect.is_local:
-        _discard_dead_connections(engine, dialect)
-        _discard_changed_connections(engine, dialect)
-    forks.guard(engine, is_local=dialect.is_local)
+    dialect = _prepare(engine, settings, bind_key, limits, is_primary=True)
     if has_replicas:
 
         @sa.event.listens_for(engine, "connect")
@@ -45,16 +55,18 @@ def prepare(engine: sa.Engine, *, has_replicas: bool = False) -> None:
             dialect.prepare_primary(dbapi_connection)
 
 
-def prepare_replica(engine: sa.Engine) -> None:
+def prepare_replica(
+    engine: sa.Engine, settings: PoolSettings, bind_key: str | None, limits: CurrentLimits
+) -> None:
     """Make a replica's engine ready: read-only by the server's hand, and silent at the end.
 
     At commit, rollback and close its connections send nothing, so that a dead replica can never
     change what the primary's commit reports.
 
-    :param engine: an engine with the isolation level :data:`REPLICA_ISOLATION`.
+    :param engine: an engine with the isolation level :data:`REPLICA_ISOLATION`. The others as for
+        :func:`prepare`.
     """
-    prepare(engine)
-    dialect = dialect_for(engine)
+    dialect = _prepare(engine, settings, bind_key, limits, is_primary=False)
     engine.dialect.do_commit = engine.dialect.do_rollback = _nothing  # type: ignore[method-assign]
     if not dialect.streams_in_autocommit:
         engine.dialect.supports_server_side_cursors = False
@@ -69,6 +81,14 @@ def prepare_replica(engine: sa.Engine) -> None:
         # and a result that is still being read would go on reading the next user's socket.
         if dialect.is_left_open(dbapi_connection):
             entry.invalidate()
+
+
+def leave_failed_transaction(connection: sa.Connection) -> None:
+    """Make a connection usable whose transaction has only read, and then failed."""
+    if not connection.closed and not connection.invalidated:
+        dialect_for(connection.engine).leave_failed_transaction(
+            connection.connection.dbapi_connection
+        )
 
 
 def is_usable(connection: sa.Connection) -> bool:
@@ -174,6 +194,9 @@ def raw_cursor(connection: sa.Connection, *args: t.Any, **kwargs: t.Any) -> t.It
     """
     driver_error = connection.dialect.loaded_dbapi.Error
     proxied = connection.connection
+    executor = _executors.get(connection.dialect)
+    if executor is not None:
+        executor.before_raw_cursor(proxied)
     cursor = proxied.cursor(*args, **kwargs)
 
     def end(*event: t.Any) -> None:
@@ -193,8 +216,12 @@ def raw_cursor(connection: sa.Connection, *args: t.Any, **kwargs: t.Any) -> t.It
         cursor.close()  # reads what is left of the results, and may find a late error
     except driver_error as error:
         # SQLAlchemy does not see what a raw cursor runs into.
-        if not connection.closed and connection.dialect.is_disconnect(error, proxied, cursor):
-            connection.invalidate(error)
+        if not connection.closed:
+            demoted = executor is not None and executor.is_demoted(error)
+            if demoted or connection.dialect.is_disconnect(error, proxied, cursor):
+                connection.invalidate(error)
+            if demoted:
+                connection.engine.dispose()
         raise
     finally:
         for event in ("commit", "rollback"):
@@ -205,33 +232,31 @@ def raw_cursor(connection: sa.Connection, *args: t.Any, **kwargs: t.Any) -> t.It
 _twophase: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
 
 
-def _discard_dead_connections(engine: sa.Engine, dialect: Generic) -> None:
-    @sa.event.listens_for(engine, "checkout")
-    def checkout(
-        dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry, proxy: t.Any
-    ) -> None:
-        if dialect.is_dead(dbapi_connection):
-            raise sa.exc.DisconnectionError("The server has closed this connection.")
+#: By SQLAlchemy's dialect object of an engine.
+_executors: weakref.WeakKeyDictionary[sa.Dialect, Executor] = weakref.WeakKeyDictionary()
 
 
-def _discard_changed_connections(engine: sa.Engine, dialect: Generic) -> None:
-    """A raw cursor or a procedure that switches autocommit must not do so for the next user."""
-
-    @sa.event.listens_for(engine, "connect")
-    def connect(dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
-        entry.info[_AUTOCOMMIT] = dialect.is_autocommit(dbapi_connection)
-
-    @sa.event.listens_for(engine, "checkin")
-    def checkin(dbapi_connection: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
-        # SQLAlchemy has undone its own changes by now.
-        if dbapi_connection is not None:
-            autocommit = dialect.is_autocommit(dbapi_connection)
-            if autocommit != entry.info.get(_AUTOCOMMIT, autocommit):
-                entry.invalidate()
-
-
-#: In a pool entry's ``info``: whether its connection was made in autocommit mode.
-_AUTOCOMMIT = "flask_commondb.autocommit"
+def _prepare(
+    engine: sa.Engine,
+    settings: PoolSettings,
+    bind_key: str | None,
+    limits: CurrentLimits,
+    *,
+    is_primary: bool,
+) -> Generic:
+    dialect = dialect_for(engine)
+    dialect.install(engine, limits)
+    forks.guard(engine, is_local=dialect.is_local)
+    usual = Limits(settings.statement_timeout, settings.lock_timeout)
+    executor = Executor(dialect, bind_key, limits, usual, is_primary)
+    executor.install(engine)
+    _executors[engine.dialect] = executor
+    if not dialect.is_local:
+        ping_after = None if engine.pool._pre_ping else settings.ping_after
+        liveness.look_at_checkout(engine, dialect, ping_after)
+        if not settings.recycle_is_given:
+            liveness.stay_below_idle_limit(engine, dialect)
+    return dialect
 
 
 def _nothing(dbapi_connection: DBAPIConnection) -> None:

@@ -41,6 +41,7 @@ from .commits import Place
 from .commits import abandon
 from .commits import commit_in_order
 from .config import server_name
+from .errors import StatementTimeout
 from .errors import UnknownBindError
 from .errors import WrongBindError
 from .holders import NoWatch
@@ -353,7 +354,14 @@ class RoutingSession(KeepsApart, UpstreamSession):
     def _execute_internal(self, statement: t.Any, params: t.Any = None, **kwargs: t.Any) -> t.Any:
         # SQLAlchemy says neither clause nor mapper of a union of models, and of a bare function.
         kwargs["bind_arguments"] = {"clause": statement, **(kwargs.get("bind_arguments") or {})}
-        return super()._execute_internal(statement, params, **kwargs)
+        may_have_written = self.may_have_written
+        try:
+            return super()._execute_internal(statement, params, **kwargs)
+        except StatementTimeout:
+            if not may_have_written and not self.in_nested_transaction():
+                for connection in self.own_connections():
+                    pools.leave_failed_transaction(connection)
+            raise
 
     def _refuse_foreign_expressions(self) -> None:
         """A flush does not show the SQL expressions that it writes.

@@ -1,6 +1,7 @@
-"""``db.primary()`` and ``db.replica()``: where the caller says that reads go.
+"""What the caller says for a block: where reads go, and how long a statement may take.
 
-Owns: :class:`Scope`, and which one counts for a bind.
+Owns: :class:`Scope` of ``db.primary()`` and ``db.replica()``, :class:`TimeLimit` of
+``db.timeout()``, and which of those that are entered counts for a bind.
 
 Must not: know sessions, requests or servers.
 """
@@ -8,13 +9,16 @@ Must not: know sessions, requests or servers.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import inspect
+import math
 import types
 import typing as t
 
 from flask import has_app_context
 
+from .dialects import Limits
 from .errors import UnknownBindError
 
 if t.TYPE_CHECKING:
@@ -44,7 +48,8 @@ class Scope:
         if self.bind_keys and has_app_context():
             for bind_key in self.bind_keys - self._db.engines.keys():
                 raise UnknownBindError(bind_key, self._db.engines)
-        self._db.scopes.set((*self._db.scopes.get(), self))
+        stack = self._stack
+        stack.set((*stack.get(), self))
 
     def __exit__(
         self,
@@ -53,10 +58,11 @@ class Scope:
         traceback: types.TracebackType | None,
     ) -> None:
         # The innermost of its kind: a generator may be left after scopes entered later.
-        entered = list(reversed(self._db.scopes.get()))
+        stack = self._stack
+        entered = list(reversed(stack.get()))
         with contextlib.suppress(ValueError):  # left in a context that it was never entered in
             entered.remove(self)
-        self._db.scopes.set(tuple(reversed(entered)))
+        stack.set(tuple(reversed(entered)))
 
     def __call__(self, function: _F) -> _F:
         wrapper: t.Callable[..., t.Any]
@@ -83,6 +89,10 @@ class Scope:
                     return function(*args, **kwargs)
 
         return t.cast(_F, functools.wraps(function)(wrapper))
+
+    @property
+    def _stack(self) -> contextvars.ContextVar[tuple[t.Any, ...]]:
+        return self._db.scopes
 
     def _generate(
         self, generator: t.Generator[t.Any, t.Any, t.Any]
@@ -123,6 +133,61 @@ class Scope:
                 raise
             except BaseException as error:
                 resume = functools.partial(generator.athrow, error)
+
+
+class TimeLimit(Scope):
+    """How long the server may work on a statement: a scope that nests and decorates like others.
+
+    :param limits: what counts inside, but for what a scope further inside says.
+    """
+
+    def __init__(self, db: CommonDB, limits: Limits, bind_keys: t.Collection[str | None]) -> None:
+        super().__init__(db, "timeout", bind_keys)
+        self.limits = limits
+
+    @property
+    def _stack(self) -> contextvars.ContextVar[tuple[t.Any, ...]]:
+        return self._db.time_limits
+
+
+def checked_limits(statement: float | None, lock: float | None) -> Limits:
+    """The limits that the caller has named.
+
+    :raises ValueError: if one of them is not a number of seconds, or there is none.
+    """
+    if statement is None and lock is None:
+        raise ValueError("A time limit needs seconds: for a statement, for a lock, or for both.")
+    if statement is not None and not _is_seconds(statement, least=0):
+        raise ValueError(
+            f"A statement's limit is a number of seconds, or 0 for none: {statement!r}"
+        )
+    if lock is not None and (not _is_seconds(lock, least=0) or lock == 0):
+        raise ValueError(f"A lock's limit is a number of seconds above 0: {lock!r}")
+    return Limits(statement, lock)
+
+
+def _is_seconds(value: t.Any, least: float) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and least <= value < math.inf
+
+
+def time_limits(db: CommonDB, bind_key: str | None) -> Limits | None:
+    """What the scopes that are entered allow to a statement; ``None`` if none is about the bind."""
+    entered = db.time_limits.get()
+    if not entered:
+        return None
+    found = [
+        scope.limits
+        for scope in reversed(entered)
+        if not scope.bind_keys or bind_key in scope.bind_keys
+    ]
+    if not found:
+        return None
+    return Limits(*(_first(values) for values in zip(*found, strict=True)))
+
+
+def _first(values: t.Iterable[float | None]) -> float | None:
+    return next((value for value in values if value is not None), None)
 
 
 def scope_role(db: CommonDB, bind_key: str | None) -> str | None:

@@ -128,6 +128,18 @@ class Proxy:
         """End :meth:`stall`."""
         self._do(lambda: setattr(self, "_stalled", False))
 
+    def lose(self) -> None:
+        """Pass nothing on for the links there are, and never say so; new ones are welcome.
+
+        As a firewall does that has forgotten them.
+        """
+
+        def lose() -> None:
+            for link in self._links:
+                link.is_lost = True
+
+        self._do(lose)
+
     def refuse(self) -> None:
         """Let new connections be refused; the links there are stay."""
         self._do(self._close_listener)
@@ -219,7 +231,7 @@ class Proxy:
         due: list[float] = []
         if not self._stalled:
             for link in self._links:
-                for number, events in link.wishes(now, due):
+                for number, events in () if link.is_lost else link.wishes(now, due):
                     wanted[number] |= events
         poll = select.poll()
         for number, events in wanted.items():
@@ -278,6 +290,7 @@ class _Link:
 
     def __init__(self, client: socket.socket, target: int, reader: _CommandReader | None) -> None:
         self.is_over = False
+        self.is_lost = False
         self._client = client
         self._server = socket.socket()
         for end in (self._client, self._server):

@@ -37,6 +37,7 @@ from sqlalchemy.sql import visitors
 from flask_commondb import CommonDB
 from flask_commondb import pools
 from flask_commondb.dialects.pymysql import connection_class
+from flask_commondb.options import PoolSettings
 
 #: Flask's main and minor version.
 FLASK = tuple(map(int, importlib.metadata.version("flask").split(".")[:2]))
@@ -785,7 +786,8 @@ def test_where_our_connection_is_used(url: str, ours: bool) -> None:
     flask_app.config["SQLALCHEMY_DATABASE_URI"] = url
     db = CommonDB(flask_app)
     with flask_app.app_context():
-        assert (db.engine.dialect.connect is connection_class()) is ours
+        connect = t.cast(t.Any, db.engine.dialect.connect)
+        assert (isinstance(connect, type) and issubclass(connect, connection_class())) is ours
 
 
 def test_user_module_is_left_alone() -> None:
@@ -799,7 +801,7 @@ def test_user_module_is_left_alone() -> None:
             return getattr(pymysql, name)
 
     engine = sa.create_engine("mysql+pymysql://h/app", module=Module())
-    pools.prepare(engine)
+    pools.prepare(engine, PoolSettings(), None, lambda: None)
     assert engine.dialect.connect == t.cast(t.Any, DefaultDialect).connect.__get__(engine.dialect)
 
 

@@ -10,12 +10,23 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
+from .generic import CurrentLimits
 from .generic import Generic
+from .generic import Limits
 from .mysql import MySQL
 from .postgresql import PostgreSQL
 from .sqlite import SQLite
 
-__all__ = ["FAMILIES", "Generic", "MySQL", "PostgreSQL", "SQLite", "dialect_for"]
+__all__ = [
+    "FAMILIES",
+    "CurrentLimits",
+    "Generic",
+    "Limits",
+    "MySQL",
+    "PostgreSQL",
+    "SQLite",
+    "dialect_for",
+]
 
 #: The families whose servers can hold a connection read-only, by SQLAlchemy's backend name.
 FAMILIES: dict[str, type[Generic]] = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import select
 import typing as t
 
 import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import PoolProxiedConnection
 
 from ..errors import ProcedureNotSupported
 
@@ -45,6 +47,29 @@ class Outcome(t.NamedTuple):
     warnings: t.Sequence[tuple[str, int, str]]
 
 
+#: Seconds after which a server that has not answered a ping is taken for gone.
+PING_TIMEOUT = 2.0
+
+
+class Limits(t.NamedTuple):
+    """How long the server may work on a statement, and wait for a lock; in seconds.
+
+    :param statement: for one statement; ``None``: as is usual for the connection, 0: no limit.
+    :param lock: for one lock; ``None``: as is usual for the connection.
+    """
+
+    statement: float | None = None
+    lock: float | None = None
+
+
+#: Tells the limits that the caller has set for the next statement.
+CurrentLimits = t.Callable[[], "Limits | None"]
+
+
+#: See :attr:`Generic.arguments`.
+Arguments = t.Mapping[str, t.Mapping[str, tuple[str, t.Callable[[float], float]]]]
+
+
 class Generic:
     """A server of which nothing special is known.
 
@@ -54,14 +79,69 @@ class Generic:
     #: Whether the database is part of this process: no server could hang up.
     is_local = False
 
+    #: By driver, for each option of ours that goes into the driver's own argument: the argument's
+    #: name, and what is made of the seconds.
+    arguments: t.ClassVar[Arguments] = {}
+
     #: Whether the driver's unbuffered cursors work outside of a transaction.
     streams_in_autocommit = True
 
     def __init__(self, dialect: sa.Dialect) -> None:
         self.dialect = dialect
 
-    def install(self, engine: sa.Engine) -> None:
-        """Make the engine's connections what this family needs, before the first is opened."""
+    def install(self, engine: sa.Engine, limits: CurrentLimits) -> None:
+        """Make the engine's connections what this family needs, before the first is opened.
+
+        :param limits: what the caller allows to a statement at the moment.
+        """
+
+    def uses(self, dbapi_connection: t.Any) -> int | None:
+        """How often something was sent since the last :meth:`begin_use`.
+
+        ``None`` if that cannot be known: then nothing is repeated on another connection.
+        """
+        return getattr(dbapi_connection, "uses", None)
+
+    def begin_use(self, dbapi_connection: t.Any) -> None:
+        """The connection leaves its pool."""
+        if hasattr(dbapi_connection, "uses"):
+            dbapi_connection.uses = 0
+
+    def was_sent(self, error: t.Any, cursor: t.Any) -> bool:
+        """Whether the server may have got the statement that has failed with a lost connection."""
+        return True
+
+    def idle_limit(self, dbapi_connection: DBAPIConnection) -> float | None:
+        """After how many seconds the server closes an idle connection. One round trip."""
+        return None
+
+    def is_demoted(self, error: t.Any) -> bool:
+        """Whether the driver's error says that this server is not a primary any more."""
+        return False
+
+    def is_timeout(self, error: t.Any) -> bool:
+        """Whether the driver's error says that a statement has taken longer than it may."""
+        return False
+
+    #: Whether the connections themselves ask for the limits that :meth:`install` was given.
+    limits_itself = False
+
+    def set_limits(self, dbapi_connection: DBAPIConnection, usual: Limits) -> None:
+        """Give a new connection the limits that its bind has."""
+
+    def limit(
+        self, connection: PoolProxiedConnection, limits: Limits | None, usual: Limits
+    ) -> None:
+        """Give the next statement its limits, where the connections do not do so themselves.
+
+        :param limits: the caller's; ``None``: the connection's usual ones.
+        """
+
+    def leave_failed_transaction(self, dbapi_connection: t.Any) -> None:
+        """Make a connection usable that refuses everything since a statement has failed.
+
+        For a transaction that has only read.
+        """
 
     def prepare_primary(self, dbapi_connection: DBAPIConnection) -> None:
         """Set up a new connection to a primary that has replicas."""
@@ -138,9 +218,16 @@ class Generic:
         if fileno is None:  # SQLite has no server that could hang up
             return False
         try:
-            return _readable(fileno()) and not self.dialect.do_ping(dbapi_connection)
-        except Exception:  # closed on this side, or found to be while asking
+            return is_readable(fileno()) and not self.answers(dbapi_connection)
+        except Exception:  # closed on this side
             return True
+
+    def answers(self, dbapi_connection: DBAPIConnection) -> bool:
+        """Whether the server answers on an idle connection. One round trip."""
+        try:
+            return self.dialect.do_ping(dbapi_connection)
+        except Exception:
+            return False
 
 
 def run(dbapi_connection: DBAPIConnection, statement: str) -> None:
@@ -152,9 +239,32 @@ def run(dbapi_connection: DBAPIConnection, statement: str) -> None:
         cursor.close()
 
 
-def _readable(descriptor: int) -> bool:
+def ask(dbapi_connection: DBAPIConnection, statement: str) -> t.Any:
+    """:func:`run` a query for one value; ``None`` if it has no row."""
+    cursor = dbapi_connection.cursor()
+    try:
+        cursor.execute(statement)
+        row = cursor.fetchone()
+        return None if row is None else row[0]
+    finally:
+        cursor.close()
+
+
+@contextlib.contextmanager
+def uncounted(dbapi_connection: t.Any) -> t.Iterator[None]:
+    """Send something that leaves the connection as new as it was: see :meth:`Generic.uses`."""
+    uses = getattr(dbapi_connection, "uses", None)
+    try:
+        yield
+    finally:
+        if uses is not None:
+            dbapi_connection.uses = uses
+
+
+def is_readable(descriptor: int, timeout: float = 0) -> bool:
+    """Whether there is something to read, or the end of the stream, within some seconds."""
     if hasattr(select, "poll"):
         poll = select.poll()
         poll.register(descriptor, select.POLLIN | select.POLLPRI)
-        return bool(poll.poll(0))
-    return bool(select.select([descriptor], [], [], 0)[0])
+        return bool(poll.poll(timeout * 1000))
+    return bool(select.select([descriptor], [], [], timeout)[0])

@@ -6,18 +6,27 @@ Owns: the family's SQL, and the choice of the connection class for a driver.
 from __future__ import annotations
 
 import contextlib
+import math
 import typing as t
 
 import sqlalchemy as sa
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import PoolProxiedConnection
 
+from . import mysqlclient
+from . import pymysql
+from .frugal import mariadb_variables
+from .generic import Arguments
+from .generic import CurrentLimits
 from .generic import Generic
+from .generic import Limits
 from .generic import Outcome
 from .generic import Parameter
 from .generic import ResultSet
+from .generic import ask
 from .generic import run
-from .pymysql import connection_class
+from .generic import uncounted
 
 #: The SERVER_STATUS_ bits of these names in the client/server protocol.
 _IN_TRANSACTION = 1
@@ -40,6 +49,25 @@ ORDER BY p.ordinal_position
 #: ``innodb_snapshot_isolation`` is on.
 _FAILURES = {1213: "deadlock", 1205: "lock_timeout", 1020: "serialization"}
 
+#: 2006, the server has gone away, is the client's own word for a statement that it could not send;
+#: 0 the one of PyMySQL for a connection that it has closed.
+_NOT_SENT = (2006, 0)
+
+#: The server runs with an option that keeps it from executing the statement.
+_OPTION_PREVENTS = 1290
+
+#: A read-only transaction; MySQL's read-only mode.
+_READ_ONLY = (1792, 1836)
+
+#: MariaDB's max_statement_time; MySQL's max_execution_time.
+_TIMEOUTS = (1969, 3024)
+
+#: By the driver's module.
+_CONNECTIONS = {"pymysql": pymysql.connection_class, "MySQLdb": mysqlclient.connection_class}
+
+#: In a pool entry's ``info``: the limits that its connection has beyond the usual ones.
+_SET_NOW = "flask_commondb.limits"
+
 #: No such procedure; wrong number of arguments; an argument for OUT that is no variable.
 _STALE_SIGNATURE = ((1305,), (1318,), (1414,))
 
@@ -47,15 +75,22 @@ _STALE_SIGNATURE = ((1305,), (1318,), (1414,))
 class MySQL(Generic):
     """The MySQL family."""
 
-    def install(self, engine: sa.Engine) -> None:
-        """Have PyMySQL make our connections. ``do_connect`` listeners still run before it.
+    arguments: t.ClassVar[Arguments] = {
+        "pymysql": {"connect_timeout": ("connect_timeout", float)},
+        "mysqldb": {"connect_timeout": ("connect_timeout", math.ceil)},
+    }
+
+    def install(self, engine: sa.Engine, limits: CurrentLimits) -> None:
+        """Have the driver make our connections. ``do_connect`` listeners still run before it.
 
         A dialect, a ``module`` or a ``creator`` of the user's own is left alone.
         """
         own = type(self.dialect).connect is not DefaultDialect.connect
-        dbapi = self.dialect.dbapi
-        if not own and dbapi is not None and dbapi.__name__ == "pymysql":
-            self.dialect.connect = connection_class()  # type: ignore[method-assign]
+        driver = getattr(self.dialect.dbapi, "__name__", "")
+        if not own and driver in _CONNECTIONS:
+            shared = {"limits": staticmethod(limits), "tls_contexts": {}}
+            connection_class = type("Connection", (_CONNECTIONS[driver](),), shared)
+            self.dialect.connect = connection_class  # type: ignore[method-assign]
 
     def why_no_twophase(self, engine: sa.Engine) -> str | None:
         with engine.connect():  # so that the version is known
@@ -135,18 +170,66 @@ class MySQL(Generic):
             for (_, parameter), value in zip(wanted, row, strict=True)
         }
 
+    def was_sent(self, error: t.Any, cursor: t.Any) -> bool:
+        return not error.args or error.args[0] not in _NOT_SENT
+
+    def idle_limit(self, dbapi_connection: DBAPIConnection) -> float | None:
+        return float(ask(dbapi_connection, "SELECT @@wait_timeout"))
+
+    def is_demoted(self, error: t.Any) -> bool:
+        code, text = (*error.args, "", "")[:2]
+        if code == _OPTION_PREVENTS:  # --skip-grant-tables and others do so, too
+            return "read-only" in str(text) or "read_only" in str(text)
+        return code in _READ_ONLY
+
+    def is_timeout(self, error: t.Any) -> bool:
+        return bool(error.args) and error.args[0] in _TIMEOUTS
+
+    def set_limits(self, dbapi_connection: DBAPIConnection, usual: Limits) -> None:
+        variables = self._variables(usual)
+        if variables:
+            assignments = ", ".join(f"{name} = {value}" for name, value in variables.items())
+            run(dbapi_connection, f"SET SESSION {assignments}")
+
+    def limit(
+        self, connection: PoolProxiedConnection, limits: Limits | None, usual: Limits
+    ) -> None:
+        if getattr(connection.dbapi_connection, "is_mariadb", False):
+            return  # our connections write them in front of the statement
+        wanted = {} if limits is None else self._variables(limits)
+        set_now = connection.info.get(_SET_NOW, {})
+        if wanted == set_now:
+            return
+        before = {**dict.fromkeys(set_now, "DEFAULT"), **self._variables(usual)}
+        before = {name: value for name, value in before.items() if name in set_now}
+        assignments = ", ".join(f"{name} = {value}" for name, value in {**before, **wanted}.items())
+        with uncounted(connection.dbapi_connection):
+            run(t.cast(DBAPIConnection, connection.dbapi_connection), f"SET SESSION {assignments}")
+        connection.info[_SET_NOW] = wanted
+
+    def _variables(self, limits: Limits) -> dict[str, t.Any]:
+        variables: dict[str, t.Any] = mariadb_variables(limits)
+        if not t.cast(t.Any, self.dialect).is_mariadb and "max_statement_time" in variables:
+            seconds = variables.pop("max_statement_time")
+            variables["max_execution_time"] = math.ceil(seconds * 1000)
+        return variables
+
     def hold_read_only(self, dbapi_connection: DBAPIConnection) -> None:
         # Stronger than the server's read_only: it binds users with READ_ONLY ADMIN as well.
         run(dbapi_connection, "SET SESSION TRANSACTION READ ONLY")
 
     def is_left_open(self, dbapi_connection: DBAPIConnection) -> bool:
-        if getattr(dbapi_connection, "server_status", 0) & _IN_TRANSACTION:
-            return True
-        return self.is_reading(dbapi_connection)
+        status = getattr(dbapi_connection, "server_status", None)
+        if status is None:  # mysqlclient
+            is_open = getattr(dbapi_connection, "may_have_begun", False)
+        else:
+            is_open = bool(status & _IN_TRANSACTION)
+        return is_open or self.is_reading(dbapi_connection)
 
     def is_reading(self, dbapi_connection: DBAPIConnection) -> bool:
         result = getattr(dbapi_connection, "_result", None)
-        return bool(getattr(result, "unbuffered_active", False))
+        reading = getattr(dbapi_connection, "is_reading", False)  # mysqlclient
+        return bool(reading or getattr(result, "unbuffered_active", False))
 
     def classify(self, error: t.Any) -> str | None:
         return _FAILURES.get(error.args[0]) if error.args else None
@@ -154,7 +237,10 @@ class MySQL(Generic):
     def is_autocommit(self, dbapi_connection: DBAPIConnection) -> bool | None:
         # A SELECT does not update the status, but it cannot change this bit either.
         status = getattr(dbapi_connection, "server_status", None)
-        return None if status is None else bool(status & _AUTOCOMMIT)
+        if status is not None:
+            return bool(status & _AUTOCOMMIT)
+        get_autocommit = getattr(dbapi_connection, "get_autocommit", None)  # mysqlclient
+        return None if get_autocommit is None else bool(get_autocommit())
 
 
 def _variables(parameters: t.Sequence[Parameter]) -> t.Iterator[tuple[str, Parameter]]:

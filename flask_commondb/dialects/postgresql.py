@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import typing as t
 
 import sqlalchemy as sa
+from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import PoolProxiedConnection
 
+from . import psycopg
+from .generic import Arguments
+from .generic import CurrentLimits
 from .generic import Generic
+from .generic import Limits
+from .generic import ask
 from .generic import run
+from .generic import uncounted
 
-#: libpq's PQTRANS_IDLE: no transaction is open.
+#: libpq's PQTRANS_IDLE and PQTRANS_INERROR: no transaction is open, or one that has failed.
 _IDLE = 0
+_IN_ERROR = 3
 
+#: By SQLSTATE.
+_READ_ONLY = "25006"
+_CANCELLED = "57014"
+
+#: In a pool entry's ``info``: the limits that were set beyond the usual ones.
+_SET_NOW = "flask_commondb.limits"
+_UNKNOWN = {"statement_timeout": None, "lock_timeout": None}
 
 #: By SQLSTATE.
 _FAILURES = {"40P01": "deadlock", "55P03": "lock_timeout", "40001": "serialization"}
@@ -21,8 +39,85 @@ _FAILURES = {"40P01": "deadlock", "55P03": "lock_timeout", "40001": "serializati
 class PostgreSQL(Generic):
     """A standby refuses writes by itself; this holds for a promoted one, too."""
 
+    #: libpq takes whole seconds, and 2 for 1.
+    arguments: t.ClassVar[Arguments] = dict.fromkeys(
+        ("psycopg", "psycopg2"), {"connect_timeout": ("connect_timeout", math.ceil)}
+    )
+
     #: A server-side cursor is the transaction's.
     streams_in_autocommit = False
+
+    def install(self, engine: sa.Engine, limits: CurrentLimits) -> None:
+        """Have psycopg make our connections, unless the dialect or a ``module`` is the user's own.
+
+        ``do_connect`` listeners still run before it.
+        """
+        rollback_to = self.dialect.do_rollback_to_savepoint
+
+        def do_rollback_to_savepoint(connection: sa.Connection, name: str) -> None:
+            rollback_to(connection, name)
+            # Limits that were set, or taken back, since then are not, or are again.
+            if _SET_NOW in connection.connection.info:
+                connection.connection.info[_SET_NOW] = _UNKNOWN
+
+        self.dialect.do_rollback_to_savepoint = do_rollback_to_savepoint  # type: ignore[method-assign]
+        own = type(self.dialect).connect is not DefaultDialect.connect
+        if not own and getattr(self.dialect.dbapi, "__name__", "") == "psycopg":
+            connection_class = psycopg.connection_class()
+            self.dialect.connect = connection_class.connect  # type: ignore[method-assign]
+            self.dialect.do_ping = connection_class.ping  # type: ignore[method-assign]
+
+    def was_sent(self, error: t.Any, cursor: t.Any) -> bool:
+        # BEGIN goes first, and its answer is waited for. psycopg documents the attribute.
+        return getattr(cursor, "_query", error) is not None
+
+    def idle_limit(self, dbapi_connection: DBAPIConnection) -> float | None:
+        with outside_transaction(dbapi_connection):
+            milliseconds = ask(
+                dbapi_connection,
+                "SELECT setting FROM pg_settings WHERE name = 'idle_session_timeout'",
+            )
+        return int(milliseconds or 0) / 1000 or None  # 0: never
+
+    def is_demoted(self, error: t.Any) -> bool:
+        return bool(_state(error) == _READ_ONLY)
+
+    def is_timeout(self, error: t.Any) -> bool:
+        # Someone's pg_cancel_backend() has the same code.
+        return bool(_state(error) == _CANCELLED) and "user request" not in str(error)
+
+    def set_limits(self, dbapi_connection: DBAPIConnection, usual: Limits) -> None:
+        variables = _variables(usual)
+        if variables:
+            with outside_transaction(dbapi_connection):
+                for name, value in variables.items():
+                    run(dbapi_connection, f"SET SESSION {name} = {value}")
+
+    def limit(
+        self, connection: PoolProxiedConnection, limits: Limits | None, usual: Limits
+    ) -> None:
+        dbapi_connection = t.cast(t.Any, connection.dbapi_connection)
+        is_local = not dbapi_connection.autocommit
+        set_now = connection.info.get(_SET_NOW, {})
+        if is_local and int(dbapi_connection.info.transaction_status) == _IDLE:
+            set_now = {}  # it was for the transaction before
+        wanted = {} if limits is None else _variables(limits)
+        if wanted == set_now:
+            return
+        before = {name: value for name, value in _variables(usual).items() if name in set_now}
+        values = {**dict.fromkeys(set_now), **before, **wanted}
+        settings = ", ".join(
+            f"set_config('{name}', {'NULL' if value is None else repr(str(value))}, {is_local})"
+            for name, value in values.items()
+        )
+        with uncounted(dbapi_connection):
+            run(dbapi_connection, f"SELECT {settings}")
+        connection.info[_SET_NOW] = wanted
+
+    def leave_failed_transaction(self, dbapi_connection: t.Any) -> None:
+        info = getattr(dbapi_connection, "info", None)
+        if info is not None and int(info.transaction_status) == _IN_ERROR:
+            dbapi_connection.rollback()
 
     def hold_read_only(self, dbapi_connection: DBAPIConnection) -> None:
         run(dbapi_connection, "SET default_transaction_read_only = on")
@@ -36,9 +131,33 @@ class PostgreSQL(Generic):
         return "its max_prepared_transactions is 0" if limit == "0" else None
 
     def classify(self, error: t.Any) -> str | None:
-        state: t.Any = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-        return _FAILURES.get(state)
+        return _FAILURES.get(_state(error))
 
     def is_left_open(self, dbapi_connection: DBAPIConnection) -> bool:
         info = getattr(dbapi_connection, "info", None)
         return info is not None and int(info.transaction_status) != _IDLE
+
+
+@contextlib.contextmanager
+def outside_transaction(dbapi_connection: t.Any) -> t.Iterator[None]:
+    """Send something on a new connection that no ROLLBACK takes back."""
+    autocommit = dbapi_connection.autocommit
+    dbapi_connection.autocommit = True
+    try:
+        yield
+    finally:
+        dbapi_connection.autocommit = autocommit
+
+
+def _state(error: t.Any) -> t.Any:
+    """The SQLSTATE of an error of psycopg or psycopg2."""
+    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+
+
+def _variables(limits: Limits) -> dict[str, t.Any]:
+    variables = {"statement_timeout": limits.statement, "lock_timeout": limits.lock}
+    return {
+        name: math.ceil(seconds * 1000)
+        for name, seconds in variables.items()
+        if seconds is not None
+    }

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
+import time
 import typing as t
 
 import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import PoolProxiedConnection
 
+from .generic import Arguments
+from .generic import CurrentLimits
 from .generic import Generic
+from .generic import Limits
 from .generic import run
+
+#: How many steps of SQLite's machine lie between two looks at the clock.
+_STEPS = 10_000
+
+#: In a pool entry's ``info``: how long its connection waits for a lock, if not as is usual.
+_LOCK_LIMIT = "flask_commondb.lock_limit"
+
+#: Of Python's sqlite3, in seconds.
+_USUAL_LOCK_LIMIT = 5.0
 
 
 class SQLite(Generic):
@@ -17,7 +32,9 @@ class SQLite(Generic):
 
     is_local = True
 
-    def install(self, engine: sa.Engine) -> None:
+    arguments: t.ClassVar[Arguments] = {"pysqlite": {"lock_timeout": ("timeout", float)}}
+
+    def install(self, engine: sa.Engine, limits: CurrentLimits) -> None:
         # Not a listener: one on the engine makes every statement slower.
         savepoint = self.dialect.do_savepoint
 
@@ -43,6 +60,28 @@ class SQLite(Generic):
     def classify(self, error: t.Any) -> str | None:
         text = str(error)
         return "lock_timeout" if "locked" in text or "busy" in text else None
+
+    def is_timeout(self, error: t.Any) -> bool:
+        return str(error) == "interrupted"
+
+    def limit(
+        self, connection: PoolProxiedConnection, limits: Limits | None, usual: Limits
+    ) -> None:
+        dbapi_connection = t.cast(t.Any, connection.dbapi_connection)
+        statement = usual.statement
+        lock = usual.lock
+        if limits is not None:
+            statement = statement if limits.statement is None else limits.statement
+            lock = lock if limits.lock is None else limits.lock
+        if statement:
+            deadline = time.monotonic() + statement
+            dbapi_connection.set_progress_handler(lambda: time.monotonic() > deadline, _STEPS)
+        else:
+            dbapi_connection.set_progress_handler(None, 0)
+        if lock != connection.info.get(_LOCK_LIMIT, usual.lock):
+            seconds = _USUAL_LOCK_LIMIT if lock is None else lock
+            run(dbapi_connection, f"PRAGMA busy_timeout = {math.ceil(seconds * 1000)}")
+            connection.info[_LOCK_LIMIT] = lock
 
     def is_left_open(self, dbapi_connection: DBAPIConnection) -> bool:
         return bool(getattr(dbapi_connection, "in_transaction", False))

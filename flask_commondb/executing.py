@@ -1,0 +1,135 @@
+"""How each statement is handed to the driver, and what becomes of its errors.
+
+Owns: the limits that a statement is given, its repetition on another connection when the first was
+dead, the error of one that took too long, and the end of a pool whose server is no primary any
+more.
+
+Must not: add a round trip to a statement that has no limits of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import typing as t
+
+import sqlalchemy as sa
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import PoolProxiedConnection
+
+from . import liveness
+from .dialects import CurrentLimits
+from .dialects import Generic
+from .dialects import Limits
+from .errors import StatementTimeout
+
+
+class Executor:
+    """Runs the statements of one engine.
+
+    :param dialect: of its server.
+    :param bind_key: the bind that it belongs to.
+    :param limits: what the caller allows to a statement at the moment.
+    :param usual: what the bind's settings allow.
+    :param is_primary: whether its server is written to.
+    """
+
+    def __init__(
+        self,
+        dialect: Generic,
+        bind_key: str | None,
+        limits: CurrentLimits,
+        usual: Limits,
+        is_primary: bool,
+    ) -> None:
+        self._dialect = dialect
+        self._bind_key = bind_key
+        self._limits = limits
+        self._usual = usual
+        self._is_primary = is_primary
+        #: Whether there may be a connection with limits that are not the usual ones.
+        self._has_limited = dialect.is_local and usual.statement is not None
+        #: Whether SQLAlchemy has asked the server all that it wants to know at first connect. It
+        #: does so on a connection that is not its pool's yet.
+        self._is_initialized = False
+
+    def install(self, engine: sa.Engine) -> None:
+        """Take over the engine's statements."""
+
+        @sa.event.listens_for(engine, "connect")
+        def connect(dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+            self._is_initialized = True
+            if self._usual != Limits():
+                self._dialect.set_limits(dbapi_connection, self._usual)
+
+        @sa.event.listens_for(engine, "do_execute")
+        def do_execute(cursor: t.Any, statement: str, parameters: t.Any, context: t.Any) -> bool:
+            return self._run(context.dialect.do_execute, context, cursor, statement, parameters)
+
+        @sa.event.listens_for(engine, "do_executemany")
+        def do_executemany(
+            cursor: t.Any, statement: str, parameters: t.Any, context: t.Any
+        ) -> bool:
+            return self._run(context.dialect.do_executemany, context, cursor, statement, parameters)
+
+        @sa.event.listens_for(engine, "do_execute_no_params")
+        def do_execute_no_params(cursor: t.Any, statement: str, context: t.Any) -> bool:
+            return self._run(context.dialect.do_execute_no_params, context, cursor, statement)
+
+        sa.event.listen(engine, "handle_error", self._handle_error)
+
+    def before_raw_cursor(self, connection: PoolProxiedConnection) -> None:
+        """Give what a raw cursor will send the limits of this moment."""
+        limits = self._limits()
+        if limits is not None or self._has_limited:
+            self._limit(connection, limits)
+
+    def is_demoted(self, error: BaseException) -> bool:
+        """Whether the driver's error says that the server was a primary, and is none any more."""
+        return self._is_primary and self._dialect.is_demoted(error)
+
+    def _run(
+        self, execute: t.Callable[..., t.Any], context: t.Any, cursor: t.Any, *args: t.Any
+    ) -> bool:
+        started = time.monotonic()
+        if not self._is_initialized:
+            execute(cursor, *args, context)
+            return True
+        limits = self._limits()
+        is_limited = limits is not None or self._has_limited
+        try:
+            if is_limited:
+                self._limit(context.root_connection.connection, limits)
+            execute(cursor, *args, context)
+        except Exception as error:
+            seconds = time.monotonic() - started
+            fresh = liveness.replacement(self._dialect, context, cursor, error, seconds)
+            if fresh is None:
+                raise
+            try:
+                if is_limited:
+                    self._limit(context.root_connection.connection, limits)
+                execute(fresh, *args, context)
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    fresh.close()
+                raise
+        return True
+
+    def _limit(self, connection: PoolProxiedConnection, limits: Limits | None) -> None:
+        self._has_limited = True
+        self._dialect.limit(connection, limits, self._usual)
+
+    def _handle_error(self, context: sa.engine.ExceptionContext) -> Exception | None:
+        error = context.original_exception
+        if not isinstance(context.sqlalchemy_exception, sa.exc.DBAPIError):
+            return None
+        is_lost = context.connection is not None and context.connection.invalidated
+        if is_lost or self.is_demoted(error):
+            context.is_disconnect = True  # so that the next transaction connects anew
+        if not self._dialect.is_timeout(error):
+            return None
+        limits = self._limits() or Limits()
+        limit = self._usual.statement if limits.statement is None else limits.statement
+        return StatementTimeout(context.sqlalchemy_exception, self._bind_key, limit)

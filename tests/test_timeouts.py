@@ -1,0 +1,433 @@
+"""Time limits: one name for all servers, for a bind and for a block; a usable session after."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+import time
+import typing as t
+
+import pytest
+import sqlalchemy as sa
+
+from flask_commondb.errors import StatementTimeout
+from flask_commondb.errors import UnknownBindError
+
+from .apps import Lab
+from .apps import lab_with_orders
+from .drivers import BINDS
+from .drivers import DRIVERS
+from .drivers import Wired
+
+if t.TYPE_CHECKING:
+    import collections.abc as c
+    from pathlib import Path
+
+    MakeWired = c.Callable[..., Wired]
+
+#: How to ask which connection it is, and to stop what another one does.
+OWN_NUMBER = {"mysql": "SELECT CONNECTION_ID()", "postgresql": "SELECT pg_backend_pid()"}
+STOP = {"mysql": "KILL QUERY {}", "postgresql": "SELECT pg_cancel_backend({})"}
+
+ENDLESS_JOIN = "SELECT COUNT(*) FROM " + ", ".join(
+    f"information_schema.columns {x}" for x in "abcd"
+)
+
+SLEEP = {"mysql": "SELECT SLEEP({})", "postgresql": "SELECT pg_sleep({})"}
+
+
+@pytest.fixture(params=DRIVERS)
+def make_wired(request: pytest.FixtureRequest) -> c.Iterator[MakeWired]:
+    """A function that makes the app, once for each driver."""
+    made: list[Wired] = []
+
+    def make(**config: t.Any) -> Wired:
+        made.append(Wired(request, request.param, **config))
+        return made[-1]
+
+    yield make
+    for wired in made:
+        wired.dispose()
+
+
+def sleep(wired: Wired, seconds: float) -> sa.TextClause:
+    return sa.text(SLEEP[wired.family].format(seconds))
+
+
+def limits_at_server(wired: Wired, session: t.Any) -> tuple[float, float]:
+    """The limits of a statement and of a lock that the server has for the next statement."""
+    if wired.family == "mysql":
+        row = session.execute(sa.text("SELECT @@max_statement_time, @@innodb_lock_wait_timeout"))
+        return t.cast("tuple[float, float]", tuple(map(float, row.one())))
+    names = "'statement_timeout', 'lock_timeout'"
+    rows = session.execute(
+        sa.text(f"SELECT name, setting FROM pg_settings WHERE name IN ({names})")
+    )
+    found = {name: int(value) / 1000 for name, value in rows}
+    return found["statement_timeout"], found["lock_timeout"]
+
+
+# A block --------------------------------------------------------------------------------------
+
+
+def test_block(make_wired: MakeWired) -> None:
+    """A statement that takes longer than the block allows is stopped, and the session goes on."""
+    wired = make_wired()
+    for bind_key in BINDS:
+        with wired.app.test_request_context():
+            session = wired.db.sessions[bind_key]
+            with wired.db.timeout(0.2):
+                with pytest.raises(StatementTimeout, match=r"longer than 0\.2 s") as caught:
+                    session.execute(sleep(wired, 30))
+                assert isinstance(caught.value, sa.exc.OperationalError)
+                assert caught.value.bind_key == bind_key
+                assert caught.value.limit == 0.2
+                assert session.scalar(sa.text("SELECT 1")) == 1
+            session.add(wired.models[bind_key]())
+            session.commit()
+            session.execute(sleep(wired, 0.3))
+
+
+def test_limits_that_the_server_has(make_wired: MakeWired) -> None:
+    """Inside a block the server itself has the limits, after it those from before."""
+    wired = make_wired()
+    with wired.app.test_request_context():
+        session = wired.db.session
+        usual = limits_at_server(wired, session)
+        ends: list[t.Callable[[], None]] = [lambda: None, session.commit, session.rollback]
+        for end in ends:
+            with wired.db.timeout(7, lock=3):
+                assert limits_at_server(wired, session) == (7, 3)
+                with wired.db.timeout(lock=2):
+                    assert limits_at_server(wired, session) == (7, 2)
+                    with wired.db.timeout(0):
+                        assert limits_at_server(wired, session) == (0, 2)
+                end()
+                assert limits_at_server(wired, session) == (7, 3)
+            assert limits_at_server(wired, session) == usual
+
+
+def test_limits_and_savepoints(make_wired: MakeWired) -> None:
+    """A savepoint that is rolled back neither takes a limit away nor brings one back."""
+    wired = make_wired()
+    with wired.app.test_request_context():
+        session = wired.db.session
+        usual = limits_at_server(wired, session)
+        with wired.db.timeout(7):
+            savepoint = session.begin_nested()
+            assert limits_at_server(wired, session)[0] == 7
+            savepoint.rollback()
+            assert limits_at_server(wired, session)[0] == 7
+            savepoint = session.begin_nested()
+        assert limits_at_server(wired, session) == usual
+        savepoint.rollback()
+        assert limits_at_server(wired, session) == usual
+
+
+def test_limits_of_a_bind_alone(make_wired: MakeWired) -> None:
+    """A block with bind keys is about these, whatever stands around it."""
+    wired = make_wired()
+    db = wired.db
+    with wired.app.test_request_context():
+        usual = limits_at_server(wired, db.session)
+        with db.timeout(7, "orders"):
+            assert limits_at_server(wired, db.sessions["orders"])[0] == 7
+            assert limits_at_server(wired, db.session) == usual
+            with db.timeout(5, None):
+                assert limits_at_server(wired, db.sessions["orders"])[0] == 7
+                assert limits_at_server(wired, db.sessions[None])[0] == 5
+
+
+def test_next_user_of_a_connection(make_wired: MakeWired) -> None:
+    """A connection that goes back to its pool inside of a block has its usual limits after it."""
+    wired = make_wired()
+    engine = wired.engines[None]
+    with wired.app.test_request_context():
+        usual = limits_at_server(wired, wired.db.session)
+    for level in ("AUTOCOMMIT", "READ COMMITTED"):
+        with wired.app.app_context(), wired.db.timeout(7):
+            with engine.connect().execution_options(isolation_level=level) as connection:
+                assert limits_at_server(wired, connection)[0] == 7
+        with engine.connect().execution_options(isolation_level=level) as connection:
+            assert limits_at_server(wired, connection) == usual
+    assert t.cast(sa.QueuePool, engine.pool).checkedin() == 1
+
+
+def test_view(make_wired: MakeWired) -> None:
+    """As a decorator it is for a view; other threads and requests know nothing of it."""
+    wired = make_wired()
+    seen: list[t.Any] = []
+
+    @wired.app.get("/limited")
+    @wired.db.timeout(7)
+    def limited() -> str:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        return str(limits_at_server(wired, wired.db.session)[0])
+
+    def elsewhere() -> None:
+        with wired.app.app_context():
+            seen.append(limits_at_server(wired, wired.db.session)[0])
+
+    assert wired.client.get("/limited").text == "7.0"
+    elsewhere()
+    assert seen[0] == seen[1] != 7
+
+
+def test_what_was_done_before(make_wired: MakeWired) -> None:
+    """What the transaction has written before goes the way that the server has for it."""
+    wired = make_wired()
+    model = wired.models[None]
+    with wired.app.test_request_context():
+        session = wired.db.session
+        session.add(model(id=1))
+        session.flush()
+        with wired.db.timeout(0.2), pytest.raises(StatementTimeout):
+            session.execute(sleep(wired, 30))
+        if wired.family == "mysql":
+            session.commit()
+        else:
+            with pytest.raises(sa.exc.InternalError, match="current transaction is aborted"):
+                session.execute(sa.select(model.id))
+            session.rollback()
+            session.add(model(id=1))
+            session.commit()
+        assert session.scalars(sa.select(model.id)).all() == [1]
+
+
+def test_flush(make_wired: MakeWired) -> None:
+    """A flush that takes too long is rolled back; the next transaction is as any other."""
+    wired = make_wired()
+    model = wired.models[None]
+    with wired.app.test_request_context():
+        wired.db.session.add(model(id=1))
+        wired.db.session.commit()
+    with wired.engines[None].connect() as blocker:
+        blocker.execute(sa.update(model).values(id=2))
+        with wired.app.test_request_context(), wired.db.timeout(0.2):
+            wired.db.session.add(model(id=2))
+            with pytest.raises(StatementTimeout):
+                wired.db.session.commit()
+            assert wired.db.session.scalars(sa.select(model.id)).all() == [1]
+        blocker.rollback()
+    with wired.app.test_request_context():
+        wired.db.session.add(model(id=2))
+        wired.db.session.commit()
+        assert wired.db.session.scalars(sa.select(model.id).order_by(model.id)).all() == [1, 2]
+
+
+def test_lock(make_wired: MakeWired) -> None:
+    """A lock is waited for no longer than the block allows."""
+    wired = make_wired()
+    model = wired.models[None]
+    with wired.app.test_request_context():
+        wired.db.session.add(model(id=1))
+        wired.db.session.commit()
+    with wired.engines[None].connect() as blocker:
+        blocker.execute(sa.update(model).values(id=2))
+        with wired.app.test_request_context(), wired.db.timeout(lock=1):
+            with pytest.raises(sa.exc.OperationalError, match=r"(?i)lock") as caught:
+                wired.db.session.execute(sa.update(model).values(id=3))
+            assert not isinstance(caught.value, StatementTimeout)
+        blocker.rollback()
+
+
+def test_many_rows(make_wired: MakeWired) -> None:
+    """An INSERT of many rows stays one statement inside of a block, and gives its keys back."""
+    wired = make_wired()
+    model = wired.models[None]
+    with wired.app.test_request_context():
+        with wired.db.timeout(5):
+            wired.proxy.clear()
+            wired.db.session.execute(sa.insert(model), [{"id": id} for id in range(1, 50)])
+            inserts = [command for command in wired.proxy.commands if "INSERT" in str(command)]
+            assert len(inserts) == (wired.family == "mysql")
+            rows = [model() for _ in range(5)]
+            if wired.family == "postgresql":
+                rows = [model(id=id) for id in range(50, 55)]
+            wired.db.session.add_all(rows)
+            wired.db.session.commit()
+        assert len({row.id for row in rows}) == 5
+
+
+def test_raw_cursor(make_wired: MakeWired) -> None:
+    """What a raw cursor sends has the limits, too; the error is the driver's."""
+    wired = make_wired()
+    error = wired.engines[None].dialect.loaded_dbapi.Error
+    with wired.app.test_request_context():
+        with wired.db.timeout(0.2), pytest.raises(error, match=r"(?i)max_statement_time|timeout"):
+            with wired.db.cursor() as cursor:
+                cursor.execute(str(sleep(wired, 30)))
+        wired.db.session.rollback()
+        wired.db.session.execute(sleep(wired, 0.3))
+
+
+def test_stopped_by_hand(make_wired: MakeWired) -> None:
+    """A statement that somebody has stopped has not timed out."""
+    wired = make_wired()
+    with wired.app.test_request_context():
+        number = wired.db.session.scalar(sa.text(OWN_NUMBER[wired.family]))
+        timer = threading.Timer(0.5, wired.execute, [STOP[wired.family].format(number)])
+        timer.start()
+        with (
+            wired.db.timeout(30),
+            pytest.raises(sa.exc.DBAPIError, match=r"(?i)cancel|interrupt") as caught,
+        ):
+            wired.db.session.execute(sa.text(ENDLESS_JOIN))
+        timer.join()
+        assert not isinstance(caught.value, StatementTimeout)
+
+
+@pytest.mark.parametrize("make_wired", ["PyMySQL", "mysqlclient"], indirect=True)
+def test_round_trips(make_wired: MakeWired) -> None:
+    """On MariaDB a limit costs no round trip; the end of a transaction has none."""
+    wired = make_wired()
+    statement = sa.select(wired.models[None].id)
+    with wired.app.test_request_context():
+        wired.db.session.execute(statement)
+    wired.proxy.clear()
+    with wired.app.test_request_context(), wired.db.timeout(2, lock=0.5):
+        wired.db.session.execute(statement)
+        wired.db.session.commit()
+    limited, end = map(str, wired.proxy.commands)
+    variables = "max_statement_time=2, innodb_lock_wait_timeout=1, lock_wait_timeout=1"
+    assert limited.startswith(f"SET STATEMENT {variables} FOR SELECT")
+    assert end == "COMMIT"
+
+
+# A bind ---------------------------------------------------------------------------------------
+
+
+def test_settings(make_wired: MakeWired) -> None:
+    """``statement_timeout`` and ``lock_timeout`` of a bind are its connections' own."""
+    wired = make_wired(COMMONDB_ENGINE_DEFAULTS={"statement_timeout": 0.3, "lock_timeout": 2})
+    for bind_key in BINDS:
+        with wired.app.test_request_context():
+            session = wired.db.sessions[bind_key]
+            assert limits_at_server(wired, session) == (0.3, 2)
+            with pytest.raises(StatementTimeout, match=r"longer than 0\.3 s"):
+                session.execute(sleep(wired, 30))
+            session.rollback()
+            with wired.db.timeout(30):
+                session.execute(sleep(wired, 0.4))
+                assert limits_at_server(wired, session) == (30, 2)
+            assert limits_at_server(wired, session) == (0.3, 2)
+            session.rollback()
+            assert limits_at_server(wired, session) == (0.3, 2)
+
+
+# SQLite ---------------------------------------------------------------------------------------
+
+ENDLESS = sa.text(
+    "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+)
+
+
+def test_sqlite(tmp_path: Path) -> None:
+    """SQLite has the same limits, in a block as for a bind."""
+    lab = lab_with_orders(tmp_path)
+    with lab.request():
+        with lab.db.timeout(0.2), pytest.raises(StatementTimeout, match=r"0\.2 s"):
+            lab.db.session.execute(ENDLESS)
+        lab.db.session.add(lab.Post(title="after"))
+        lab.db.session.commit()
+        assert lab.titles() == ["after"]
+    lab.dispose()
+    limited = Lab(
+        f"sqlite:///{tmp_path}/default.db",
+        config={"COMMONDB_ENGINE_DEFAULTS": {"statement_timeout": 0.2}},
+    )
+    with limited.request():
+        with pytest.raises(StatementTimeout, match=r"0\.2 s"):
+            limited.db.session.execute(ENDLESS)
+        time.sleep(0.3)
+        assert limited.titles() == ["after"]
+    limited.dispose()
+
+
+def test_sqlite_lock(tmp_path: Path) -> None:
+    """A lock on SQLite is waited for as long as the block allows, and as before after it."""
+    lab = lab_with_orders(tmp_path)
+
+    def busy_timeout() -> int:
+        return int(lab.db.session.scalar(sa.text("PRAGMA busy_timeout")))
+
+    with lab.request():
+        assert busy_timeout() == 5000
+        with lab.db.timeout(lock=0.1):
+            assert busy_timeout() == 100
+            with lab.db.timeout(1):
+                assert busy_timeout() == 100
+        assert busy_timeout() == 5000
+    lab.dispose()
+
+
+# Bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), "2", True])
+def test_wrong_limits(tmp_path: Path, seconds: t.Any) -> None:
+    """What is no number of seconds is refused when it is written down."""
+    lab = lab_with_orders(tmp_path)
+    with pytest.raises(ValueError, match="number of seconds"):
+        lab.db.timeout(seconds)
+    with pytest.raises(ValueError, match="number of seconds"):
+        lab.db.timeout(lock=seconds)
+    lab.dispose()
+
+
+def test_no_limit_for_locks(tmp_path: Path) -> None:
+    """0 means no limit on one server and no wait on the other, so it is refused for locks."""
+    lab = lab_with_orders(tmp_path)
+    with pytest.raises(ValueError, match="above 0"):
+        lab.db.timeout(lock=0)
+    with pytest.raises(ValueError, match="needs seconds"):
+        lab.db.timeout()
+    lab.dispose()
+
+
+def test_unknown_bind(tmp_path: Path) -> None:
+    """A bind that the app does not have is an error when the block is entered."""
+    lab = lab_with_orders(tmp_path)
+    with lab.request():
+        with pytest.raises(UnknownBindError, match="orders"):
+            with lab.db.timeout(2, "order"):
+                pass
+    lab.dispose()
+
+
+def test_tasks(tmp_path: Path) -> None:
+    """Each task has limits of its own, also while another one waits inside of a block."""
+    lab = lab_with_orders(tmp_path)
+    db = lab.db
+    seen: list[int] = []
+
+    async def task(seconds: int) -> None:
+        with db.timeout(seconds):
+            await asyncio.sleep(0.01)
+            (scope,) = db.time_limits.get()
+            seen.append(int(scope.limits.statement or 0))
+
+    async def tasks() -> None:
+        await asyncio.gather(*(task(seconds) for seconds in (1, 2, 3)))
+
+    asyncio.run(tasks())
+    assert sorted(seen) == [1, 2, 3]
+    assert db.time_limits.get() == ()
+    lab.dispose()
+
+
+def test_error_says_nothing_secret(tmp_path: Path) -> None:
+    """The error shows the statement without its parameters, and survives a job queue."""
+    lab = lab_with_orders(tmp_path)
+    endless = sa.text(f"{ENDLESS} WHERE i != :secret").bindparams(secret="s3cret")
+    with lab.request():
+        with lab.db.timeout(0.1), pytest.raises(StatementTimeout) as caught:
+            lab.db.session.execute(endless)
+    assert "s3cret" not in str(caught.value)
+    assert "RECURSIVE" in str(caught.value.statement)
+    copied = pickle.loads(pickle.dumps(caught.value))
+    assert (copied.limit, copied.bind_key, str(copied)) == (0.1, None, str(caught.value))
+    lab.dispose()
