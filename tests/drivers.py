@@ -71,6 +71,7 @@ class Wired:
 
         class Order(self.db.Model):  # type: ignore[name-defined, misc]
             __bind_key__ = "orders"
+            __tablename__ = "purchase"
             id: so.Mapped[int] = so.mapped_column(primary_key=True)
 
         self.models: dict[str | None, t.Any] = {None: Post, "orders": Order}
