@@ -10,6 +10,7 @@ from .errors import OpenTransactionError
 from .errors import PartialCommitError
 from .errors import PoolExhausted
 from .errors import ProcedureNotSupported
+from .errors import StatementTimeout
 from .errors import TwoPhaseNotSupported
 from .errors import UnknownBindError
 from .errors import WrongBindError
@@ -32,6 +33,7 @@ __all__ = [
     "PoolStatus",
     "ProcedureNotSupported",
     "ProcedureResult",
+    "StatementTimeout",
     "Stream",
     "TwoPhaseNotSupported",
     "UnknownBindError",

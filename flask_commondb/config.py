@@ -9,7 +9,6 @@ Must not: change the mapping's nested values, connect anywhere, or show a passwo
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import typing as t
@@ -18,6 +17,14 @@ import sqlalchemy as sa
 
 from .dialects import FAMILIES
 from .errors import ConfigError
+from .options import Layer
+from .options import Sources
+from .options import check_defaults
+from .options import check_for_all
+from .options import have_same_driver
+from .options import nearest
+from .options import reaching
+from .options import resolve
 
 #: ``COMMONDB_ROUTING``: by the request's method, or only inside explicit scopes.
 ROUTINGS = ("auto", "explicit")
@@ -30,21 +37,34 @@ class ReplicaConfig:
     :param url: where it is.
     :param weight: its share of the reads, relative to the other replicas of the bind.
     :param options: engine options of its own; they go before the bind's.
+    :param key: where it stands.
     """
 
     url: sa.URL
     weight: float = 1
-    options: t.Mapping[str, t.Any] = dataclasses.field(default_factory=dict)
+    options: t.Mapping[str, t.Any] = dataclasses.field(default_factory=dict, repr=False)
+    key: str = dataclasses.field(default="", compare=False)
+
+    def sources(self, bind: Sources) -> Sources:
+        """What is said about the options of its engine, the bind's inherited ones included."""
+        own = Layer(self.key, self.options, is_own=True, whose="a replica")
+        return bind.of_replica(self.url, own)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of one app."""
+    """The settings of one app.
+
+    :param sources: for each bind all that is said about the options of its engine.
+    """
 
     replicas: t.Mapping[str | None, tuple[ReplicaConfig, ...]]
     routing: str
     read_functions: frozenset[str]
     leak_watch: bool = False
+    sources: t.Mapping[str | None, Sources] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
 
 def load(config: t.MutableMapping[str, t.Any], engine_options: t.Mapping[str, t.Any]) -> Config:
@@ -56,12 +76,12 @@ def load(config: t.MutableMapping[str, t.Any], engine_options: t.Mapping[str, t.
     """
     mistakes: list[str] = []
     _unknown_keys(config, mistakes)
-    families, given = _binds(config, engine_options, mistakes)
+    urls, given = _binds(config, engine_options, mistakes)
     routing = config.setdefault("COMMONDB_ROUTING", "auto")
     if routing not in ROUTINGS:
         mistakes.append(
             f"COMMONDB_ROUTING: {routing!r} is not a routing"
-            f"{_nearest(routing, ROUTINGS)}; known are {', '.join(map(repr, ROUTINGS))}."
+            f"{nearest(routing, ROUTINGS)}; known are {', '.join(map(repr, ROUTINGS))}."
         )
     functions = config.setdefault("COMMONDB_READ_FUNCTIONS", ())
     if isinstance(functions, str) or not _all_strings(functions):
@@ -73,10 +93,13 @@ def load(config: t.MutableMapping[str, t.Any], engine_options: t.Mapping[str, t.
     leak_watch = config.setdefault("COMMONDB_LEAK_WATCH", False)
     if not isinstance(leak_watch, bool):
         mistakes.append(_wrong_type("COMMONDB_LEAK_WATCH", leak_watch, "True or False"))
-    replicas = _replicas(config, families, given, mistakes)
+    replicas = _replicas(config, urls, given, mistakes)
+    sources = _sources(config, engine_options, urls, mistakes)
+    _resolve_all(sources, replicas, mistakes)
     if mistakes:
-        raise ConfigError(mistakes)
-    return Config(replicas, routing, frozenset(name.lower() for name in functions), leak_watch)
+        raise ConfigError(list(dict.fromkeys(mistakes)))  # what is for several binds comes again
+    names = frozenset(name.lower() for name in functions)
+    return Config(replicas, routing, names, leak_watch, sources)
 
 
 def server_name(url: sa.URL) -> str:
@@ -92,6 +115,7 @@ _KNOWN = (
     "COMMONDB_ROUTING",
     "COMMONDB_READ_FUNCTIONS",
     "COMMONDB_LEAK_WATCH",
+    "COMMONDB_ENGINE_DEFAULTS",
 )
 
 #: Beside these, all in the dict of a replica is for ``create_engine()``.
@@ -110,14 +134,14 @@ class _Given(t.NamedTuple):
     value: t.Any
 
 
-#: For each bind that is configured its family of servers, ``None`` if its URL is a mistake.
-_Families = dict["str | None", "str | None"]
+#: For each bind that is configured its URL, ``None`` if that is a mistake.
+_URLs = dict["str | None", "sa.URL | None"]
 
 
 def _unknown_keys(config: t.Mapping[str, t.Any], mistakes: list[str]) -> None:
     for key in sorted(key for key in config if str(key).startswith("COMMONDB_")):
         if key not in _KNOWN:
-            near = _nearest(key, _KNOWN) or f"; known are {', '.join(_KNOWN)}"
+            near = nearest(key, _KNOWN) or f"; known are {', '.join(_KNOWN)}"
             mistakes.append(f"{key}: there is no such setting{near}.")
 
 
@@ -125,9 +149,9 @@ def _binds(
     config: t.MutableMapping[str, t.Any],
     engine_options: t.Mapping[str, t.Any],
     mistakes: list[str],
-) -> tuple[_Families, list[_Given]]:
+) -> tuple[_URLs, list[_Given]]:
     """The binds that are configured, and the replicas that stand beside their URLs."""
-    families: _Families = {}
+    urls: _URLs = {}
     given: list[_Given] = []
     known_before = len(mistakes)
     options = config.get("SQLALCHEMY_ENGINE_OPTIONS") or {}
@@ -139,7 +163,7 @@ def _binds(
     if default is None:
         default, key = options.get("url"), "SQLALCHEMY_ENGINE_OPTIONS['url']"
     if default is not None:
-        families[None] = _family(_url(key, default, mistakes))
+        urls[None] = _url(key, default, mistakes)
         given.append(_Given("SQLALCHEMY_ENGINE_OPTIONS['replicas']", None, options.get("replicas")))
 
     binds = config.get("SQLALCHEMY_BINDS") or {}
@@ -148,24 +172,27 @@ def _binds(
         binds = {}
     for bind_key, value in binds.items():
         key = f"SQLALCHEMY_BINDS[{bind_key!r}]"
-        only_options = bind_key is None and None in families and isinstance(value, t.Mapping)
+        only_options = bind_key is None and None in urls and isinstance(value, t.Mapping)
         if isinstance(value, t.Mapping):
             given.append(_Given(f"{key}['replicas']", bind_key, value.get("replicas")))
             value = value.get("url", engine_options.get("url"))
         if value is not None:
-            families[bind_key] = _family(_url(key, value, mistakes))
+            url = _url(key, value, mistakes)
+            # Where both stand, SQLALCHEMY_DATABASE_URI goes before SQLALCHEMY_BINDS[None].
+            if bind_key is not None or None not in urls:
+                urls[bind_key] = url
         elif not only_options:
             mistakes.append(f"{key}: has no 'url', so there is no database to bind.")
-            families[bind_key] = None
+            urls[bind_key] = None
 
-    if not families and len(mistakes) == known_before:
+    if not urls and len(mistakes) == known_before:
         mistakes.append("Either 'SQLALCHEMY_DATABASE_URI' or 'SQLALCHEMY_BINDS' must be set.")
-    return families, [entry for entry in given if entry.value is not None]
+    return urls, [entry for entry in given if entry.value is not None]
 
 
 def _replicas(
     config: t.MutableMapping[str, t.Any],
-    families: _Families,
+    urls: _URLs,
     given: list[_Given],
     mistakes: list[str],
 ) -> dict[str | None, tuple[ReplicaConfig, ...]]:
@@ -180,16 +207,74 @@ def _replicas(
 
     found: dict[str | None, tuple[ReplicaConfig, ...]] = {}
     for key, bind_key, value in given:
-        if bind_key not in families:
-            near = _nearest(bind_key, [known for known in families if known is not None])
+        if bind_key not in urls:
+            near = nearest(bind_key, [known for known in urls if known is not None])
             what = "no default bind" if bind_key is None else f"no bind {bind_key!r}"
-            known = ", ".join(map(repr, families)) or "none"
+            known = ", ".join(map(repr, urls)) or "none"
             mistakes.append(f"{key}: there is {what} for these replicas{near}; known are {known}.")
         elif bind_key in found:
             mistakes.append(f"{key}: the replicas of bind {bind_key!r} are given twice.")
         else:
-            found[bind_key] = tuple(_bind_replicas(key, value, families[bind_key], mistakes))
+            found[bind_key] = tuple(_bind_replicas(key, value, _family(urls[bind_key]), mistakes))
     return {bind_key: replicas for bind_key, replicas in found.items() if replicas}
+
+
+def _sources(
+    config: t.MutableMapping[str, t.Any],
+    engine_options: t.Mapping[str, t.Any],
+    urls: _URLs,
+    mistakes: list[str],
+) -> dict[str | None, Sources]:
+    """What is said about each bind's engine, each place in its order."""
+    defaults = config.setdefault("COMMONDB_ENGINE_DEFAULTS", {})
+    if not isinstance(defaults, t.Mapping):
+        mistakes.append(_wrong_type("COMMONDB_ENGINE_DEFAULTS", defaults, "a dict"))
+        defaults = {}
+    common = _mapping(config.get("SQLALCHEMY_ENGINE_OPTIONS"))
+    binds = _mapping(config.get("SQLALCHEMY_BINDS"))
+    default = config.get("SQLALCHEMY_DATABASE_URI")
+    basic = {**engine_options, **common, **({} if default is None else {"url": default})}
+    known = [url for url in urls.values() if url is not None]
+    shared = [
+        Layer("CommonDB(engine_options=…)", engine_options),
+        Layer("SQLALCHEMY_ENGINE_OPTIONS", common),
+    ]
+
+    sources: dict[str | None, Sources] = {}
+    for bind_key, url in urls.items():
+        if url is None:
+            continue
+        value = binds.get(bind_key, {})
+        options = value if isinstance(value, t.Mapping) else {"url": value}
+        own = Layer(f"SQLALCHEMY_BINDS[{bind_key!r}]", options, is_own=True)
+        if bind_key is None and "url" in basic:
+            # Flask-SQLAlchemy's own order, for the default bind.
+            layers, given = (own, *shared), {**options, **basic}
+        else:
+            alike = [url, *(known if urls.get(None) is None else [urls[None]])]
+            reached = reaching(common, url, is_same_driver=have_same_driver(*alike))
+            layers = (shared[0], dataclasses.replace(shared[1], options=reached), own)
+            given = {**engine_options, **options}
+        sources[bind_key] = Sources(url, defaults, layers, given)
+    engines = list(sources.values())
+    mistakes += check_defaults("COMMONDB_ENGINE_DEFAULTS", defaults, engines)
+    if engines:
+        mistakes += [text for layer in shared for text in check_for_all(layer, engines)]
+    return sources
+
+
+def _resolve_all(
+    sources: t.Mapping[str | None, Sources],
+    replicas: t.Mapping[str | None, tuple[ReplicaConfig, ...]],
+    mistakes: list[str],
+) -> None:
+    for bind_key, bind in sources.items():
+        own = [replica.sources(bind) for replica in replicas.get(bind_key, ())]
+        for engine in (bind, *own):
+            try:
+                resolve(engine)
+            except ConfigError as error:
+                mistakes += error.mistakes
 
 
 def _bind_replicas(
@@ -218,16 +303,11 @@ def _replica(key: str, entry: t.Any, mistakes: list[str]) -> ReplicaConfig | Non
         options = {name: value for name, value in entry.items() if name not in _REPLICA_KEYS}
         weight = entry.get("weight", 1)
         if "url" not in entry:
-            near = "".join(_nearest(name, ["url"]) for name in options)
+            near = "".join(nearest(name, ["url"]) for name in options)
             mistakes.append(f"{key}: a replica needs a 'url'{near}.")
             return None
         entry = entry["url"]
-    for name in options:
-        near = _nearest(name, _REPLICA_KEYS)
-        if near:
-            mistakes.append(f"{key}: {name!r} is no option of a replica{near}.")
-            return None
-    if "isolation_level" in options:
+    if "isolation_level" in {**options, **_mapping(options.get("execution_options"))}:
         mistakes.append(
             f"{key}: 'isolation_level' cannot be chosen: a replica's connections are always in"
             " autocommit mode."
@@ -251,7 +331,7 @@ def _replica(key: str, entry: t.Any, mistakes: list[str]) -> ReplicaConfig | Non
             " Name the primary's file."
         )
         return None
-    return ReplicaConfig(url, weight, options)
+    return ReplicaConfig(url, weight, options, key)
 
 
 def _url(key: str, value: t.Any, mistakes: list[str]) -> sa.URL | None:
@@ -273,7 +353,7 @@ def _url(key: str, value: t.Any, mistakes: list[str]) -> sa.URL | None:
     try:
         url.get_dialect()
     except sa.exc.NoSuchModuleError:
-        near = _nearest(url.drivername, _DRIVERS)
+        near = nearest(url.drivername, _DRIVERS)
         mistakes.append(f"{key}: SQLAlchemy has no dialect {url.drivername!r}{near}.")
         return None
     return url
@@ -309,14 +389,13 @@ def _is_number(value: t.Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _mapping(value: t.Any) -> t.Mapping[t.Any, t.Any]:
+    return value if isinstance(value, t.Mapping) else {}
+
+
 def _all_strings(value: t.Any) -> bool:
     return isinstance(value, t.Collection) and all(isinstance(name, str) for name in value)
 
 
 def _wrong_type(key: str, value: t.Any, wanted: str) -> str:
     return f"{key}: must be {wanted}, not {type(value).__name__}."
-
-
-def _nearest(name: t.Any, known: t.Iterable[str]) -> str:
-    matches = difflib.get_close_matches(str(name), list(map(str, known)), n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""

@@ -1,8 +1,9 @@
 """``CommonDB``: Flask-SQLAlchemy with a session per bind, replicas and stored procedures.
 
 Owns: the public object, and every place where upstream is overridden: ``init_app``,
-``_make_engine``, ``_make_scoped_session``, ``_make_session_factory``, ``_make_declarative_base``,
-``_teardown_session`` and ``__repr__``. ``tests/test_contract.py`` pins what is relied on.
+``_make_engine``, ``_apply_driver_defaults``, ``_make_scoped_session``, ``_make_session_factory``,
+``_make_declarative_base``, ``_teardown_session`` and ``__repr__``. ``tests/test_contract.py`` pins
+what is relied on.
 
 Must not: hold the state of a request, or decide anything that a module below can decide.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import inspect
 import typing as t
@@ -28,7 +30,6 @@ from flask_sqlalchemy.session import Session as UpstreamSession
 from . import config
 from . import jobs
 from . import pools
-from .errors import ConfigError
 from .errors import UnknownBindError
 from .holders import LeakWatch
 from .holders import NoWatch
@@ -36,12 +37,17 @@ from .holders import PoolStatus
 from .holders import status
 from .holders import tell_when_exhausted
 from .jobs import JobExecutor
+from .options import Sources
+from .options import resolve
 from .procedures import ProcedureResult
 from .replicas import Replica
 from .routing import ALL_BINDS
 from .routing import Router
 from .routing import RoutingSession
 from .scopes import Scope
+from .scopes import TimeLimit
+from .scopes import checked_limits
+from .scopes import time_limits
 from .sessions import ContextRegistry
 from .sessions import OpenContexts
 from .sessions import SessionProxy
@@ -78,6 +84,11 @@ class CommonDB(SQLAlchemy):
     #:
     #: :meta private:
     scopes: contextvars.ContextVar[tuple[Scope, ...]]
+
+    #: The time limits that are entered, likewise.
+    #:
+    #: :meta private:
+    time_limits: contextvars.ContextVar[tuple[TimeLimit, ...]]
 
     #: The contexts that have sessions now.
     #:
@@ -328,6 +339,24 @@ class CommonDB(SQLAlchemy):
         """
         return Scope(self, "replica", bind_keys)
 
+    def timeout(
+        self, statement: float | None = None, *bind_keys: str | None, lock: float | None = None
+    ) -> TimeLimit:
+        """Stop what takes too long: ``with db.timeout(2):``, or ``@db.timeout(2)`` on a view.
+
+        The server stops a statement, which raises :exc:`.StatementTimeout`; the session is usable
+        after it. The limit counts for each statement, not for the block. It nests: what is said
+        further inside counts.
+
+        :param statement: how many seconds one statement may take; 0 takes a limit away.
+        :param bind_keys: the binds that it is about; without any, all.
+        :param lock: how many seconds one lock may be waited for. MariaDB and MySQL count whole
+            ones.
+        :raises ValueError: for no limit at all, or one that is not a number of seconds.
+        :raises UnknownBindError: when entered in a context, for a key that the app does not have.
+        """
+        return TimeLimit(self, checked_limits(statement, lock), bind_keys)
+
     @property
     def replica_engines(self) -> t.Mapping[str | None, t.Sequence[sa.Engine]]:
         """The engines of the current app's replicas, for each bind key that has any.
@@ -378,6 +407,7 @@ class CommonDB(SQLAlchemy):
             self._configs = weakref.WeakKeyDictionary()
             self._routers = weakref.WeakKeyDictionary()
             self.scopes = contextvars.ContextVar("flask_commondb_scopes", default=())
+            self.time_limits = contextvars.ContextVar("flask_commondb_time_limits", default=())
             self._celery_apps = weakref.WeakKeyDictionary()
             self.open_contexts = OpenContexts()
             self.sessions = Sessions(self, factory)
@@ -396,43 +426,45 @@ class CommonDB(SQLAlchemy):
     def _make_engine(
         self, bind_key: str | None, options: dict[str, t.Any], app: Flask
     ) -> sa.Engine:
-        options = {name: value for name, value in options.items() if name != "replicas"}
         settings = self._configs.get(app)  # None when someone makes an engine by the way
         replicas = settings.replicas.get(bind_key, ()) if settings else ()
-        engine = super()._make_engine(bind_key, options, app)
-        pools.prepare(engine, has_replicas=bool(replicas))
+        known = settings.sources.get(bind_key) if settings else None
+        sources = (known or Sources(sa.make_url(options["url"]))).changed(options)
+        resolved = resolve(sources)
+        engine = super()._make_engine(bind_key, resolved.options, app)
+        limits = functools.partial(time_limits, self, bind_key)
+        pools.prepare(engine, resolved.settings, bind_key, limits, has_replicas=bool(replicas))
         if replicas:
             self._routers[app].add(
                 bind_key,
                 config.server_name(engine.url),
-                [self._make_replica(bind_key, options, replica, app) for replica in replicas],
+                [self._make_replica(bind_key, sources, replica, app) for replica in replicas],
             )
         return engine
 
     def _make_replica(
         self,
         bind_key: str | None,
-        bind_options: dict[str, t.Any],
+        bind: Sources,
         replica: config.ReplicaConfig,
         app: Flask,
     ) -> Replica:
-        # What makes or holds connections to the primary is not for a replica.
-        options = {k: v for k, v in bind_options.items() if k not in ("creator", "pool")}
-        options.update(replica.options, url=replica.url, isolation_level=pools.REPLICA_ISOLATION)
-        if "execution_options" in options:
-            options["execution_options"] = {
-                name: value
-                for name, value in options["execution_options"].items()
-                if name != "isolation_level"
-            }
+        sources = replica.sources(bind)
+        sources = dataclasses.replace(sources, given=resolve(sources).options)
+        options = dict(sources.given)
         self._apply_driver_defaults(options, app)
+        options, settings = resolve(sources.changed(options))
+        options["isolation_level"] = pools.REPLICA_ISOLATION
+        engine = super()._make_engine(bind_key, options, app)
+        limits = functools.partial(time_limits, self, bind_key)
+        pools.prepare_replica(engine, settings, bind_key, limits)
         name = config.server_name(replica.url)
-        try:
-            engine = super()._make_engine(bind_key, options, app)
-        except TypeError as error:  # an engine option that does not exist
-            raise ConfigError([f"Replica {name} of bind {bind_key!r}: {error}"]) from error
-        pools.prepare_replica(engine)
         return Replica(bind_key, name, engine, replica.weight, pools.streaming(engine))
+
+    def _apply_driver_defaults(self, options: dict[str, t.Any], app: Flask) -> None:
+        if isinstance(options.get("connect_args"), t.Mapping):
+            options["connect_args"] = dict(options["connect_args"])  # upstream writes into it
+        super()._apply_driver_defaults(options, app)
 
     def _make_declarative_base(self, model_class: t.Any, *args: t.Any, **kwargs: t.Any) -> t.Any:
         return super()._make_declarative_base(_as_plain_class(model_class), *args, **kwargs)

@@ -1,7 +1,7 @@
 """Whether a connection is still alive, found out for nothing as long as it is in use.
 
-Owns: the look at a connection that leaves its pool, the ping of one that was idle, the lifetime that
-stays below the server's own limit, and the connection in the place of a dead one.
+Owns: the look at a connection that leaves its pool, the ping of one that was idle, the lifetime
+that stays below the server's own limit, and the connection in the place of a dead one.
 
 Must not: repeat anything that the server may have done already.
 """

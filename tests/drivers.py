@@ -5,8 +5,10 @@ Owns: :class:`Wired`. Must not: know what a test is about.
 
 from __future__ import annotations
 
+import os
 import typing as t
 
+import pytest
 import sqlalchemy as sa
 import sqlalchemy.orm as so
 from flask import Flask
@@ -14,8 +16,6 @@ from flask import Flask
 from flask_commondb import CommonDB
 
 if t.TYPE_CHECKING:
-    import pytest
-
     from .conftest import MakeProxy
 
 #: By the driver: SQLAlchemy's name for it, and the fixture of its server.
@@ -46,6 +46,10 @@ class Wired:
 
     def __init__(self, request: pytest.FixtureRequest, driver: str, **config: t.Any) -> None:
         name, fixture = DRIVERS[driver]
+        try:
+            sa.make_url(f"{name}://").get_dialect().import_dbapi()
+        except ImportError as error:
+            (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(str(error))
         self.database = request.getfixturevalue(fixture)
         self.server = self.database.cluster.primary
         make_proxy: MakeProxy = request.getfixturevalue("proxy")

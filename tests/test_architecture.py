@@ -19,7 +19,9 @@ from flask_commondb import errors
 #: Lowest first. A module imports from lower layers only, never from its own.
 LAYERS = (
     {"errors", "signals"},
-    {"commits", "dialects", "forks", "holders", "identities", "scopes", "statements"},
+    {"commits", "dialects", "forks", "holders", "identities", "keeping", "statements"},
+    {"liveness", "options", "scopes"},
+    {"executing"},
     {"config", "pools", "replicas", "procedures"},
     {"routing"},
     {"closing", "transactions"},
@@ -62,9 +64,20 @@ def test_layers(module: str) -> None:
     ("module", "expected"),
     [
         ("dialects.generic", set()),
-        ("dialects.mysql", {"dialects.generic", "dialects.pymysql"}),
-        ("dialects.postgresql", {"dialects.generic"}),
-        ("dialects.pymysql", set()),
+        ("dialects.frugal", {"dialects.generic"}),
+        ("dialects.pymysql", {"dialects.frugal", "dialects.generic"}),
+        ("dialects.mysqlclient", {"dialects.frugal", "dialects.generic"}),
+        ("dialects.psycopg", {"dialects.generic"}),
+        (
+            "dialects.mysql",
+            {
+                "dialects.frugal",
+                "dialects.generic",
+                "dialects.mysqlclient",
+                "dialects.pymysql",
+            },
+        ),
+        ("dialects.postgresql", {"dialects.generic", "dialects.psycopg"}),
         ("dialects.sqlite", {"dialects.generic"}),
         (
             "dialects.__init__",

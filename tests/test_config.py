@@ -148,7 +148,7 @@ SECRET = "sesame0penup"
             [
                 "COMMONDB_WITH_SOMETHING_QUITE_DIFFERENT: there is no such setting; known are"
                 " COMMONDB_REPLICAS, COMMONDB_ROUTING, COMMONDB_READ_FUNCTIONS,"
-                " COMMONDB_LEAK_WATCH."
+                " COMMONDB_LEAK_WATCH, COMMONDB_ENGINE_DEFAULTS."
             ],
             id="unknown setting",
         ),
@@ -608,6 +608,7 @@ def test_defaults_are_written_back() -> None:
         "COMMONDB_ROUTING": "auto",
         "COMMONDB_READ_FUNCTIONS": (),
         "COMMONDB_LEAK_WATCH": False,
+        "COMMONDB_ENGINE_DEFAULTS": {},
     }
 
 
@@ -618,6 +619,7 @@ def test_what_is_set_stays() -> None:
         "COMMONDB_ROUTING": "explicit",
         "COMMONDB_READ_FUNCTIONS": ["who"],
         "COMMONDB_LEAK_WATCH": True,
+        "COMMONDB_ENGINE_DEFAULTS": {"pool_size": 3, "sqlite": {"lock_timeout": 2}},
     }
     flask_app = make_app({**GOOD, **own})
     CommonDB(flask_app)

@@ -105,6 +105,7 @@ def test_upstream_signatures(function: t.Callable[..., t.Any], parameters: str) 
     "name",
     [
         "__init__",
+        "_apply_driver_defaults",
         "_make_engine",
         "_make_scoped_session",
         "_make_session_factory",

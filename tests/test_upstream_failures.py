@@ -495,3 +495,68 @@ def test_engine_for_each_session(mariadb_database: Database[MariaDBCluster]) -> 
     assert (len(held), len(shared)) == (10, 1)
     for engine in (site.engines[None], *(session.get_bind() for session in own)):
         engine.engine.dispose()
+
+
+# Engine options -------------------------------------------------------------------------------
+
+
+def engines_of(extension: t.Any, config: t.Mapping[str, t.Any]) -> dict[str | None, t.Any]:
+    app = Flask(__name__)
+    app.config.update(config)
+    db = extension(app)
+    with app.app_context():
+        return dict(db.engines)
+
+
+EXTENSIONS = pytest.mark.parametrize(
+    "extension", [SQLAlchemy, CommonDB], ids=["Flask-SQLAlchemy", "CommonDB"]
+)
+
+
+@EXTENSIONS
+def test_engine_options_miss_binds(extension: t.Any, tmp_path: Path) -> None:
+    """``SQLALCHEMY_ENGINE_OPTIONS`` reaches every bind, however it is written."""
+    engines = engines_of(
+        extension,
+        {
+            "SQLALCHEMY_DATABASE_URI": f"sqlite:///{tmp_path}/default.db",
+            "SQLALCHEMY_ENGINE_OPTIONS": {"pool_pre_ping": True, "pool_recycle": 280},
+            "SQLALCHEMY_BINDS": {
+                "as_text": f"sqlite:///{tmp_path}/a.db",
+                "as_dict": {"url": f"sqlite:///{tmp_path}/b.db"},
+            },
+        },
+    )
+    reached = {
+        key
+        for key, engine in engines.items()
+        if (engine.pool._pre_ping, engine.pool._recycle) == (True, 280)
+    }
+    assert reached == ({None} if extension is SQLAlchemy else {None, "as_text", "as_dict"})
+
+
+@EXTENSIONS
+def test_engine_options_of_the_user_are_changed(extension: t.Any) -> None:
+    """A ``connect_args`` of the user's is as it was after ``init_app``."""
+    own: dict[str, t.Any] = {"timeout": 3}
+    engines_of(
+        extension,
+        {
+            "SQLALCHEMY_DATABASE_URI": "sqlite://",
+            "SQLALCHEMY_ENGINE_OPTIONS": {"connect_args": own},
+        },
+    )
+    assert ("check_same_thread" in own) is (extension is SQLAlchemy)
+
+
+@EXTENSIONS
+def test_recycle_without_a_pool(extension: t.Any) -> None:
+    """Connections that are not kept have no lifetime to look at."""
+    engines = engines_of(
+        extension,
+        {
+            "SQLALCHEMY_DATABASE_URI": "mysql+pymysql://host/app",
+            "SQLALCHEMY_ENGINE_OPTIONS": {"poolclass": sa.NullPool},
+        },
+    )
+    assert engines[None].pool._recycle == (7200 if extension is SQLAlchemy else -1)

@@ -40,9 +40,10 @@ class PostgreSQL(Generic):
     """A standby refuses writes by itself; this holds for a promoted one, too."""
 
     #: libpq takes whole seconds, and 2 for 1.
-    arguments: t.ClassVar[Arguments] = dict.fromkeys(
-        ("psycopg", "psycopg2"), {"connect_timeout": ("connect_timeout", math.ceil)}
-    )
+    arguments: t.ClassVar[Arguments] = {
+        "psycopg": {"connect_timeout": ("connect_timeout", math.ceil)},
+        "psycopg2": {"connect_timeout": ("connect_timeout", math.ceil)},
+    }
 
     #: A server-side cursor is the transaction's.
     streams_in_autocommit = False
