@@ -19,6 +19,7 @@ from flask_commondb.errors import OpenTransactionError
 from flask_commondb.errors import PartialCommitError
 from flask_commondb.errors import PoolExhausted
 from flask_commondb.errors import ProcedureNotSupported
+from flask_commondb.errors import StatementTimeout
 from flask_commondb.errors import TwoPhaseNotSupported
 from flask_commondb.errors import UnknownBindError
 from flask_commondb.errors import WrongBindError
@@ -38,6 +39,10 @@ ERRORS: list[tuple[CommonDBError, tuple[type[Exception], ...]]] = [
     (TwoPhaseNotSupported("no two phases"), (NotImplementedError,)),
     (PoolExhausted("a", "db:3306", 15), (sa_exc.TimeoutError,)),
     (PoolExhausted(None, "db:3306", 2, ["endpoint 'leaky'"]), (sa_exc.TimeoutError,)),
+    (
+        StatementTimeout(sa_exc.OperationalError("SELECT 1", {}, Exception("too slow")), "a", 2),
+        (sa_exc.OperationalError,),
+    ),
     (ProcedureNotSupported("no procedures"), (NotImplementedError,)),
 ]
 
@@ -156,4 +161,9 @@ def test_pickle(error: CommonDBError) -> None:
 
 
 def described(error: CommonDBError) -> tuple[type, str, dict[str, t.Any]]:
-    return type(error), str(error), vars(error)
+    # The driver's own error, if there is one, has no equal.
+    attributes = {
+        name: repr(value) if isinstance(value, Exception) else value
+        for name, value in vars(error).items()
+    }
+    return type(error), str(error), attributes
