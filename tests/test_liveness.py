@@ -9,6 +9,7 @@ import typing as t
 import pytest
 import sqlalchemy as sa
 
+from .apps import Lab
 from .drivers import BINDS
 from .drivers import DRIVERS
 from .drivers import Wired
@@ -21,6 +22,9 @@ ALL_FINE = [200] * 2 * len(BINDS)
 
 if t.TYPE_CHECKING:
     import collections.abc as c
+
+    from .servers import Database
+    from .servers import MariaDBCluster
 
     MakeWired = c.Callable[..., Wired]
 
@@ -314,6 +318,70 @@ def test_read_that_took_its_time(make_wired: MakeWired) -> None:
     (timer,) = timers
     timer.join()
     wait_until(lambda: not wired.connections(), "the server has ended the query")
+
+
+def test_objects_are_repeated_too(make_wired: MakeWired) -> None:
+    """What the ORM reads is a read as any other: ``get()``, a query, a lazy attribute."""
+    wired = make_wired()
+    db, model = wired.db, wired.models[None]
+    with wired.app.test_request_context(method="POST"):
+        db.session.add(model(id=1))
+        db.session.commit()
+    reads: list[t.Callable[[], t.Any]] = [
+        lambda: db.session.get_one(model, 1).id,
+        lambda: db.session.query(model).filter_by(id=1).one().id,
+        lambda: db.session.scalars(db.select(model)).one().id,
+        lambda: db.first_or_404(db.select(model)).id,
+    ]
+    for read in reads:
+        with wired.app.test_request_context():
+            db.session.connection()
+            wired.kill()
+            assert read() == 1
+
+
+def test_replaced_under_the_leak_watch(make_wired: MakeWired) -> None:
+    """Who holds a connection is known also when it stands in the place of a dead one."""
+    wired = make_wired(COMMONDB_LEAK_WATCH=True)
+    with wired.app.test_request_context():
+        wired.db.session.connection()
+        wired.kill()
+        wired.db.session.execute(sa.select(wired.models[None].id))
+        (holder,) = [holder for status in wired.db.pool_status() for holder in status.holders]
+        assert holder.bind_key is None
+    assert [status.in_use for status in wired.db.pool_status(wired.app)] == [0, 0]
+    assert not any(status.holders for status in wired.db.pool_status(wired.app))
+
+
+def test_replaced_on_a_replica(request: pytest.FixtureRequest) -> None:
+    """A replica's connection is replaced, too, and the new one is read-only again."""
+    database: Database[MariaDBCluster] = request.getfixturevalue("mariadb_database")
+    lab = Lab(database.primary_url, database.replica_urls[:1])
+    with lab.app.app_context():
+        lab.db.create_all()
+        ((engine,),) = lab.db.replica_engines.values()
+    database.sync()
+    server = database.cluster.replicas[0]
+
+    killed: list[int] = []
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def kill(*args: object) -> None:
+        if killed:
+            return
+        for (number,) in server.execute(
+            "SELECT id FROM information_schema.processlist WHERE user = 'app'"
+        ):
+            server.execute(f"KILL {number}")
+            killed.append(number)
+
+    with lab.request():
+        assert lab.titles() == []
+        assert killed
+        with lab.db.replica(), pytest.raises(sa.exc.DBAPIError, match=r"(?i)read.only"):
+            lab.db.session.execute(sa.text("INSERT INTO post (title) VALUES ('x')"))
+    assert lab.checked_out() == 0
+    lab.dispose()
 
 
 def _close_idle_after(wired: Wired, seconds: int) -> None:

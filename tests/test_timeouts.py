@@ -10,7 +10,11 @@ import typing as t
 
 import pytest
 import sqlalchemy as sa
+from flask import Flask
 
+from flask_commondb.dialects import mysqlclient
+from flask_commondb.dialects import pymysql
+from flask_commondb.dialects.frugal import Frugal
 from flask_commondb.errors import StatementTimeout
 from flask_commondb.errors import UnknownBindError
 
@@ -23,6 +27,9 @@ from .drivers import Wired
 if t.TYPE_CHECKING:
     import collections.abc as c
     from pathlib import Path
+
+    from .servers import Database
+    from .servers import MariaDBCluster
 
     MakeWired = c.Callable[..., Wired]
 
@@ -297,6 +304,36 @@ def test_round_trips(make_wired: MakeWired) -> None:
     assert end == "COMMIT"
 
 
+@pytest.mark.parametrize("make_wired", ["PyMySQL", "mysqlclient"], indirect=True)
+def test_server_without_limits_in_front(
+    make_wired: MakeWired, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MySQL's limits are the connection's own: set when they change, and only then."""
+    monkeypatch.setattr(Frugal, "is_mariadb", False)
+    for connections in (pymysql, mysqlclient):
+        monkeypatch.delattr(connections.connection_class(), "is_mariadb")
+    wired = make_wired(COMMONDB_ENGINE_DEFAULTS={"statement_timeout": 20})
+    statement = sa.select(wired.models[None].id)
+    with wired.app.test_request_context():
+        session = wired.db.session
+        usual = limits_at_server(wired, session)
+        assert usual[0] == 20
+        wired.proxy.clear()
+        with wired.db.timeout(7, lock=3):
+            session.execute(statement)
+            session.execute(statement)
+            assert limits_at_server(wired, session) == (7, 3)
+            with wired.db.timeout(5):
+                session.execute(statement)
+                assert limits_at_server(wired, session) == (5, 3)
+        with pytest.raises(StatementTimeout), wired.db.timeout(0.2):
+            session.execute(sleep(wired, 30))
+        session.execute(statement)
+        assert limits_at_server(wired, session) == usual
+    settings = [str(command) for command in wired.proxy.commands if "SET" in str(command)]
+    assert len(settings) == 4
+
+
 # A bind ---------------------------------------------------------------------------------------
 
 
@@ -430,4 +467,101 @@ def test_error_says_nothing_secret(tmp_path: Path) -> None:
     assert "RECURSIVE" in str(caught.value.statement)
     copied = pickle.loads(pickle.dumps(caught.value))
     assert (copied.limit, copied.bind_key, str(copied)) == (0.1, None, str(caught.value))
+    lab.dispose()
+
+
+# With the rest ---------------------------------------------------------------------------------
+
+
+def test_procedure(procedures: Database[MariaDBCluster]) -> None:
+    """A procedure is one statement, and is stopped as one."""
+    procedures.execute("CREATE PROCEDURE slow() BEGIN SELECT 1; SELECT SLEEP(30); END")
+    lab = Lab(procedures.primary_url)
+    with lab.app.app_context():
+        with lab.db.timeout(0.2), pytest.raises(StatementTimeout, match=r"0\.2 s"):
+            lab.db.callproc("slow")
+        assert lab.db.session.scalar(sa.text("SELECT 1")) == 1
+        with lab.db.timeout(5):
+            assert lab.db.callproc("np_in", 7, "seven").all()
+    lab.dispose()
+
+
+def test_stream(make_wired: MakeWired) -> None:
+    """A stream that is stopped says so where a row is missing; with psycopg a chunk counts."""
+    wired = make_wired()
+    db, model = wired.db, wired.models[None]
+    with wired.app.test_request_context(method="POST"):
+        db.session.execute(sa.insert(model), [{"id": id} for id in range(1, 41)])
+        db.session.commit()
+        sleep = {"mysql": sa.func.sleep(0.05), "postgresql": sa.func.pg_sleep(0.05)}
+        slow = sa.select(model.id, sa.cast(sleep[wired.family], sa.String(10)))
+        with db.timeout(0.5), pytest.raises(StatementTimeout, match=r"0\.5 s"):
+            for _ in db.stream(slow, chunk=20):
+                pass
+        assert db.session.scalar(sa.select(sa.func.count()).select_from(model)) == 40
+    assert t.cast(sa.QueuePool, wired.engines[None].pool).checkedout() == 0
+
+
+def test_transaction(make_wired: MakeWired) -> None:
+    """A unit of work whose statement is stopped leaves nothing behind, and is not repeated."""
+    wired = make_wired()
+    db, model = wired.db, wired.models[None]
+    runs: list[int] = []
+
+    @db.transactional(retry=3)
+    @db.timeout(0.2)
+    def work() -> None:
+        runs.append(1)
+        db.session.add(model(id=1))
+        db.session.flush()
+        db.session.execute(sleep(wired, 30))
+
+    with wired.app.test_request_context(method="POST"):
+        with pytest.raises(StatementTimeout):
+            work()
+        assert db.session.scalars(sa.select(model.id)).all() == []
+    assert len(runs) == 1
+
+
+def test_savepoint(make_wired: MakeWired) -> None:
+    """Inside of a savepoint the rest of the transaction is kept, on every server."""
+    wired = make_wired()
+    db, model = wired.db, wired.models[None]
+    with wired.app.test_request_context(method="POST"):
+        with db.transaction() as session:
+            session.add(model(id=1))
+            with pytest.raises(StatementTimeout):
+                with db.transaction(), db.timeout(0.2):
+                    session.add(model(id=2))
+                    session.flush()
+                    session.execute(sleep(wired, 30))
+        assert db.session.scalars(sa.select(model.id)).all() == [1]
+
+
+def test_two_apps(tmp_path: Path) -> None:
+    """A limit of one app's settings is not the other's, though both have one ``db``."""
+    (tmp_path / "b").mkdir()
+    lab = lab_with_orders(tmp_path)
+    other = Flask("other")
+    other.config["SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{tmp_path}/b/default.db"
+    other.config["SQLALCHEMY_BINDS"] = {
+        "orders": {"url": f"sqlite:///{tmp_path}/b/orders.db", "statement_timeout": 0.1}
+    }
+    lab.db.init_app(other)
+    numbers = str(ENDLESS).replace("FROM n)", "FROM n LIMIT 3000000)")
+    short = sa.text(numbers)
+    for app, stopped in [(lab.app, False), (other, True)]:
+        with app.app_context():
+            assert lab.db.session.scalar(short) == 3_000_000
+            session = lab.db.sessions["orders"]
+            if stopped:
+                with pytest.raises(
+                    StatementTimeout, match=r"bind 'orders' took longer than 0\.1 s"
+                ):
+                    session.scalar(short)
+            else:
+                assert session.scalar(short) == 3_000_000
+    with other.app_context():
+        for engine in lab.db.engines.values():
+            engine.dispose()
     lab.dispose()

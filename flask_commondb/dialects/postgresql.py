@@ -99,8 +99,11 @@ class PostgreSQL(Generic):
     ) -> None:
         dbapi_connection = t.cast(t.Any, connection.dbapi_connection)
         is_local = not dbapi_connection.autocommit
+        status = int(dbapi_connection.info.transaction_status)
+        if status == _IN_ERROR:
+            return  # the next statement can only be a ROLLBACK
         set_now = connection.info.get(_SET_NOW, {})
-        if is_local and int(dbapi_connection.info.transaction_status) == _IDLE:
+        if is_local and status == _IDLE:
             set_now = {}  # it was for the transaction before
         wanted = {} if limits is None else _variables(limits)
         if wanted == set_now:
