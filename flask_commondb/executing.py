@@ -85,9 +85,9 @@ class Executor:
         if limits is not None or self._has_limited:
             self._limit(connection, limits)
 
-    def is_demoted(self, error: BaseException) -> bool:
+    def is_demoted(self, error: BaseException, dbapi_connection: t.Any) -> bool:
         """Whether the driver's error says that the server was a primary, and is none any more."""
-        return self._is_primary and self._dialect.is_demoted(error)
+        return self._is_primary and self._dialect.is_demoted(error, dbapi_connection)
 
     def _run(
         self, execute: t.Callable[..., t.Any], context: t.Any, cursor: t.Any, *args: t.Any
@@ -125,8 +125,10 @@ class Executor:
         error = context.original_exception
         if not isinstance(context.sqlalchemy_exception, sa.exc.DBAPIError):
             return None
-        is_lost = context.connection is not None and context.connection.invalidated
-        if is_lost or self.is_demoted(error):
+        connection = context.connection
+        if connection is not None and (
+            connection.invalidated or self.is_demoted(error, connection.connection.dbapi_connection)
+        ):
             context.is_disconnect = True  # so that the next transaction connects anew
         if not self._dialect.is_timeout(error):
             return None

@@ -84,8 +84,11 @@ def stay_below_idle_limit(engine: sa.Engine, dialect: Generic) -> None:
         nonlocal asked
         if asked:
             return
-        limit = dialect.idle_limit(dbapi_connection)
         asked = True
+        try:
+            limit = dialect.idle_limit(dbapi_connection)
+        except engine.dialect.loaded_dbapi.Error:  # something in between that does not know it
+            return
         pool: t.Any = engine.pool
         if limit is not None:
             lifetime = limit - max(min(1.0, limit / 2), limit / 10)
@@ -115,7 +118,7 @@ def replacement(
         or context.execute_style is ExecuteStyle.INSERTMANYVALUES  # holds on to its cursor
         or entry is None  # detached: its pool has forgotten it
         or entry.finalize_callback  # has an isolation level of its own, say
-        or (dialect.uses(proxied.dbapi_connection) or 2) > 1
+        or dialect.uses(proxied.dbapi_connection) not in (0, 1)
         or not context.dialect.is_disconnect(error, proxied, cursor)
         or (dialect.was_sent(error, cursor) and not _only_reads(context))
     ):

@@ -20,6 +20,7 @@ if t.TYPE_CHECKING:
 
     from .servers import Database
     from .servers import MariaDBCluster
+    from .servers import PostgreSQLCluster
 
 READ_ONLY = r"read-only"
 
@@ -171,4 +172,24 @@ def test_replicas_keep_their_pools(mariadb_database: Database[MariaDBCluster]) -
 def test_what_demotion_is(code: int, text: str, expected: bool) -> None:
     """An option that forbids something else has the same number, and says another name."""
     engine = sa.create_engine("mysql+pymysql://")
-    assert dialect_for(engine).is_demoted(pymysql.err.OperationalError(code, text)) is expected
+    error = pymysql.err.OperationalError(code, text)
+    assert dialect_for(engine).is_demoted(error, None) is expected
+
+
+def test_read_only_by_choice(postgresql_database: Database[PostgreSQLCluster]) -> None:
+    """A transaction that the caller has made read-only says nothing about the server."""
+    lab = Lab(postgresql_database.primary_url)
+    with lab.app.app_context():
+        lab.db.create_all()
+    number = sa.text("SELECT pg_backend_pid()")
+    with lab.request():
+        before = lab.db.session.scalar(number)
+        lab.db.session.commit()
+        lab.db.session.connection(execution_options={"postgresql_readonly": True})
+        lab.db.session.add(lab.Post(title="x"))
+        with pytest.raises(sa.exc.DBAPIError, match=READ_ONLY) as caught:
+            lab.db.session.flush()
+        assert not caught.value.connection_invalidated
+        lab.db.session.rollback()
+        assert lab.db.session.scalar(number) == before
+    lab.dispose()

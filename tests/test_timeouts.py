@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import pickle
 import threading
 import time
@@ -152,12 +153,17 @@ def test_next_user_of_a_connection(make_wired: MakeWired) -> None:
     engine = wired.engines[None]
     with wired.app.test_request_context():
         usual = limits_at_server(wired, wired.db.session)
-    for level in ("AUTOCOMMIT", "READ COMMITTED"):
+    levels = ("AUTOCOMMIT", "READ COMMITTED")
+    for level, next_level in itertools.product(levels, levels):
         with wired.app.app_context(), wired.db.timeout(7):
             with engine.connect().execution_options(isolation_level=level) as connection:
                 assert limits_at_server(wired, connection)[0] == 7
-        with engine.connect().execution_options(isolation_level=level) as connection:
-            assert limits_at_server(wired, connection) == usual
+        for _ in range(2):
+            with engine.connect().execution_options(isolation_level=next_level) as connection:
+                assert limits_at_server(wired, connection) == usual
+                with wired.app.app_context(), wired.db.timeout(7):
+                    assert limits_at_server(wired, connection)[0] == 7
+                assert limits_at_server(wired, connection) == usual
     assert t.cast(sa.QueuePool, engine.pool).checkedin() == 1
 
 

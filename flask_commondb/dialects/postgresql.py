@@ -28,12 +28,21 @@ _IN_ERROR = 3
 _READ_ONLY = "25006"
 _CANCELLED = "57014"
 
-#: In a pool entry's ``info``: the limits that were set beyond the usual ones.
-_SET_NOW = "flask_commondb.limits"
+_FAILURES = {"40P01": "deadlock", "55P03": "lock_timeout", "40001": "serialization"}
+
+
+class _SetNow(t.NamedTuple):
+    """The limits that a connection has beyond the usual ones."""
+
+    session: dict[str, t.Any]
+    transaction: dict[str, t.Any]
+
+
+_NOTHING = _SetNow({}, {})
 _UNKNOWN = {"statement_timeout": None, "lock_timeout": None}
 
-#: By SQLSTATE.
-_FAILURES = {"40P01": "deadlock", "55P03": "lock_timeout", "40001": "serialization"}
+#: In a pool entry's ``info``: a :class:`_SetNow`.
+_SET_NOW = "flask_commondb.limits"
 
 
 class PostgreSQL(Generic):
@@ -58,8 +67,9 @@ class PostgreSQL(Generic):
         def do_rollback_to_savepoint(connection: sa.Connection, name: str) -> None:
             rollback_to(connection, name)
             # Limits that were set, or taken back, since then are not, or are again.
-            if _SET_NOW in connection.connection.info:
-                connection.connection.info[_SET_NOW] = _UNKNOWN
+            info = connection.connection.info
+            if _SET_NOW in info:
+                info[_SET_NOW] = info[_SET_NOW]._replace(transaction=_UNKNOWN)
 
         self.dialect.do_rollback_to_savepoint = do_rollback_to_savepoint  # type: ignore[method-assign]
         own = type(self.dialect).connect is not DefaultDialect.connect
@@ -80,8 +90,10 @@ class PostgreSQL(Generic):
             )
         return int(milliseconds or 0) / 1000 or None  # 0: never
 
-    def is_demoted(self, error: t.Any) -> bool:
-        return bool(_state(error) == _READ_ONLY)
+    def is_demoted(self, error: t.Any, dbapi_connection: t.Any) -> bool:
+        # Under these names psycopg and psycopg2 have what ``postgresql_readonly`` has set.
+        by_choice = any(getattr(dbapi_connection, name, None) for name in ("read_only", "readonly"))
+        return bool(_state(error) == _READ_ONLY) and not by_choice
 
     def is_timeout(self, error: t.Any) -> bool:
         # Someone's pg_cancel_backend() has the same code.
@@ -98,14 +110,16 @@ class PostgreSQL(Generic):
         self, connection: PoolProxiedConnection, limits: Limits | None, usual: Limits
     ) -> None:
         dbapi_connection = t.cast(t.Any, connection.dbapi_connection)
-        is_local = not dbapi_connection.autocommit
         status = int(dbapi_connection.info.transaction_status)
         if status == _IN_ERROR:
             return  # the next statement can only be a ROLLBACK
-        set_now = connection.info.get(_SET_NOW, {})
-        if is_local and status == _IDLE:
-            set_now = {}  # it was for the transaction before
+        # A ROLLBACK would take back what a transaction has set for the session.
+        is_local = not dbapi_connection.autocommit
+        for_session, set_now = connection.info.get(_SET_NOW, _NOTHING)
+        if status == _IDLE:
+            set_now = for_session  # the transaction that had others is over
         wanted = {} if limits is None else _variables(limits)
+        connection.info[_SET_NOW] = _SetNow(for_session if is_local else wanted, wanted)
         if wanted == set_now:
             return
         before = {name: value for name, value in _variables(usual).items() if name in set_now}
@@ -116,7 +130,6 @@ class PostgreSQL(Generic):
         )
         with uncounted(dbapi_connection):
             run(dbapi_connection, f"SELECT {settings}")
-        connection.info[_SET_NOW] = wanted
 
     def leave_failed_transaction(self, dbapi_connection: t.Any) -> None:
         info = getattr(dbapi_connection, "info", None)
