@@ -56,6 +56,7 @@ def look_at_checkout(
 
     @sa.event.listens_for(engine, "connect")
     def connect(dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+        entry.info[_IDLE_SINCE] = clock()  # made in the background, it may wait for its first use
         entry.info[_AUTOCOMMIT] = dialect.is_autocommit(dbapi_connection)
 
     @sa.event.listens_for(engine, "checkout")

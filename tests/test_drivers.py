@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from .drivers import BINDS
 from .drivers import DRIVERS
 from .drivers import Wired
+from .servers import wait_until
 
 if t.TYPE_CHECKING:
     import collections.abc as c
@@ -199,3 +200,20 @@ def test_stream(wired: Wired, left: bool) -> None:
         stream.close()
         assert db.session.scalar(sa.select(sa.func.count()).select_from(model)) == 1000
     assert t.cast(sa.QueuePool, wired.engines[None].pool).checkedout() == 0
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_pool_settings(request: pytest.FixtureRequest, driver: str) -> None:
+    """``pool_min_size`` and ``pool_max_idle`` are seen at the server, with each driver."""
+    settings = {"pool_size": 5, "pool_min_size": 2, "pool_max_idle": 0.3}
+    wired = Wired(request, driver, COMMONDB_ENGINE_DEFAULTS=settings)
+    minimum = 2 * len(BINDS)
+    wired.warm_up(5)
+    wait_until(lambda: len(wired.connections()) == minimum, "what is idle is closed")
+    wired.dispose()
+    assert wired.statuses() == [200] * 2 * len(BINDS)
+    wait_until(lambda: len(wired.connections()) == minimum, "the minimum is opened")
+    wired.kill()
+    assert wired.statuses() == [200] * 2 * len(BINDS)
+    wired.dispose()
+    wait_until(lambda: not wired.connections(), "nothing is opened after the end")
