@@ -9,6 +9,10 @@ import typing as t
 import pytest
 import sqlalchemy as sa
 
+from flask_commondb.dialects import mysqlclient
+from flask_commondb.dialects import psycopg
+from flask_commondb.dialects import pymysql
+
 from .apps import Lab
 from .drivers import BINDS
 from .drivers import DRIVERS
@@ -93,8 +97,10 @@ def test_idle_limit_of_the_server(make_wired: MakeWired) -> None:
     assert wired.statuses() == ALL_FINE
 
 
-def test_lost_link(make_wired: MakeWired) -> None:
+def test_lost_link(make_wired: MakeWired, monkeypatch: pytest.MonkeyPatch) -> None:
     """A link that has silently broken is found by the ping of a connection that was idle."""
+    for driver in (pymysql, mysqlclient, psycopg):
+        monkeypatch.setattr(driver, "PING_TIMEOUT", 0.5)
     wired = make_wired(COMMONDB_ENGINE_DEFAULTS={"pool_ping_after": 0.2})
     wired.warm_up()
     wired.proxy.lose()
