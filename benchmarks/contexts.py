@@ -1,8 +1,7 @@
 """What a context costs beside plain Flask-SQLAlchemy: an empty one, and one with one query.
 
-Run as ``python -m benchmarks.contexts [rounds]``; on SQLite and on MariaDB. Variants take turns,
-context by context, so that what else the machine does falls on all of them; each round gives a
-median, and the table shows the median of the rounds and its ratio to Flask-SQLAlchemy's.
+Run as ``python -m benchmarks.contexts [rounds]``; on SQLite and on MariaDB. The variants take turns
+as in ``benchmarks.requests``, and the tables read the same.
 
 Owns: the variants and the tables. Must not: assert anything.
 """

@@ -185,10 +185,12 @@ def tell_when_exhausted(
     if not issubclass(pool_class, sa.QueuePool):  # others never wait
         return
 
+    get: t.Callable[[t.Any], ConnectionPoolEntry] = pool_class._do_get
+
     class Pool(pool_class):  # type: ignore[misc, valid-type]
         def _do_get(self) -> ConnectionPoolEntry:
             try:
-                return t.cast(ConnectionPoolEntry, super()._do_get())
+                return get(self)
             except PoolExhausted:  # it has called itself
                 raise
             except sa.exc.TimeoutError as error:
@@ -196,7 +198,7 @@ def tell_when_exhausted(
                 gc.collect()
                 if self.checkedin():
                     with contextlib.suppress(sa.exc.TimeoutError):  # another thread was faster
-                        return t.cast(ConnectionPoolEntry, super()._do_get())
+                        return get(self)
                 holders = [str(holder) for holder in watch.holders(self)]
                 raise PoolExhausted(bind_key, server, _limit(self) or 0, holders) from error
 

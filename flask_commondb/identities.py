@@ -71,6 +71,8 @@ class KeepsApart(sa_orm.Session):
             self.connection_callable = None
 
     def _execute_internal(self, statement: t.Any, params: t.Any = None, **kwargs: t.Any) -> t.Any:
+        if "bind" not in kwargs["bind_arguments"]:
+            return super()._execute_internal(statement, params, **kwargs)
         options = kwargs.get("execution_options") or {}
         token = self._token(statement, kwargs["bind_arguments"])
         given = getattr(options.get("_sa_orm_load_options"), "_identity_token", None)

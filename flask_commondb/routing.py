@@ -41,7 +41,6 @@ from .commits import Place
 from .commits import abandon
 from .commits import commit_in_order
 from .config import server_name
-from .errors import StatementTimeout
 from .errors import UnknownBindError
 from .errors import WrongBindError
 from .holders import NoWatch
@@ -155,18 +154,21 @@ class RoutingSession(KeepsApart, UpstreamSession):
     #: The bind that it is for; :data:`ALL_BINDS` for ``db.session``.
     bind_key: str | AllBinds | None = ALL_BINDS
 
+    #: Whether the current transaction has seen anything but a SELECT that locks nothing.
+    may_have_written = False
+
+    #: Whether the last transaction was committed, whatever a listener raised after that.
+    has_committed = False
+
+    #: Whether its results are read while they arrive: see :mod:`.streams`.
+    is_stream = False
+
     _db: CommonDB
 
     def __init__(self, db: CommonDB, **kwargs: t.Any) -> None:
         super().__init__(db, **kwargs)
         #: The roles of the unit of work, by bind key; all sessions of a context share them.
         self.roles: dict[str | None, BindRole] = {}
-        #: Whether the current transaction has seen anything but a SELECT that locks nothing.
-        self.may_have_written = False
-        #: Whether the last transaction was committed, whatever a listener raised after that.
-        self.has_committed = False
-        #: Whether its results are read while they arrive: see :mod:`.streams`.
-        self.is_stream = False
         #: The replica connections, by bind key.
         self.replica_connections: dict[str | None, sa.Connection] = {}
         self._flushed: set[str | None] = set()
@@ -229,7 +231,8 @@ class RoutingSession(KeepsApart, UpstreamSession):
 
     def role(self, bind_key: str | None) -> BindRole:
         """Where the unit of work stands on a bind."""
-        return self.roles.setdefault(bind_key, BindRole())
+        role = self.roles.get(bind_key)
+        return self.roles.setdefault(bind_key, BindRole()) if role is None else role
 
     def pin(self, bind_key: str | None, reason: str) -> None:
         """Keep the unit of work on the primary of a bind for the rest of its life.
@@ -316,6 +319,9 @@ class RoutingSession(KeepsApart, UpstreamSession):
 
     def flush(self, objects: t.Sequence[t.Any] | None = None) -> None:
         """As in SQLAlchemy."""
+        if self._is_clean() and not self._flushing:  # as before nearly every SELECT
+            return
+        self.may_have_written = True
         self._flushed.clear()
         if len(self._db.metadatas) > 1:
             self._refuse_foreign_expressions()
@@ -354,14 +360,7 @@ class RoutingSession(KeepsApart, UpstreamSession):
     def _execute_internal(self, statement: t.Any, params: t.Any = None, **kwargs: t.Any) -> t.Any:
         # SQLAlchemy says neither clause nor mapper of a union of models, and of a bare function.
         kwargs["bind_arguments"] = {"clause": statement, **(kwargs.get("bind_arguments") or {})}
-        may_have_written = self.may_have_written
-        try:
-            return super()._execute_internal(statement, params, **kwargs)
-        except StatementTimeout:
-            if not may_have_written and not self.in_nested_transaction():
-                for connection in self.own_connections():
-                    pools.leave_failed_transaction(connection)
-            raise
+        return super()._execute_internal(statement, params, **kwargs)
 
     def _refuse_foreign_expressions(self) -> None:
         """A flush does not show the SQL expressions that it writes.
@@ -383,7 +382,9 @@ class RoutingSession(KeepsApart, UpstreamSession):
             and not router.replica_sets
             and self.bind_key in (ALL_BINDS, None)
         ):  # only the default bind, and no model that could belong to another
-            if mapper is None and None in engines:
+            table = getattr(mapper, "local_table", None)
+            is_ours = mapper is None or getattr(table, "metadata", None) is self._db.metadata
+            if is_ours and None in engines:
                 return engines[None]
             return super().get_bind(mapper=mapper, clause=clause, **kwargs)
 
@@ -420,9 +421,9 @@ class RoutingSession(KeepsApart, UpstreamSession):
         :raises CrossBindError: if tables of several binds are named.
         :raises WrongBindError: if this session is for another bind.
         """
-        owners = {} if facts is None else dict(facts.owners)
+        owners = {} if facts is None else facts.owners
         if mapper is not None:
-            owners.update(mapper_owners(mapper))
+            owners = {**owners, **mapper_owners(mapper)}
         owner = single_owner(owners)
         if self.bind_key is ALL_BINDS:
             return None if owner is None else owner[0]

@@ -201,15 +201,15 @@ class OpenContexts:
         :param failed: also what a response was to read from.
         """
         interrupt: BaseException | None = None  # it must not keep the others open
-        closings: list[t.Callable[[], None]] = []
         for held in list(context.streams):
             if failed or not held.has_response:
-                closings.append(held.close)
-        for session in context.sessions.values():
-            closings.append(functools.partial(close_session, session, context.endpoint))
-        for close in closings:
+                try:
+                    held.close()
+                except BaseException as error:
+                    interrupt = error
+        for session in list(context.sessions.values()):
             try:
-                close()
+                close_session(session, context.endpoint)
             except BaseException as error:
                 interrupt = error
         if interrupt is not None:
@@ -294,10 +294,12 @@ def current_context(db: CommonDB) -> ContextSessions:
 def _current_app_context() -> t.Any:
     """Flask's context itself: quicker than one proxy after the other."""
     try:
-        return t.cast(t.Any, app_ctx)._get_current_object()
+        return _app_context._get_current_object()
     except RuntimeError:
         return None
 
+
+_app_context: t.Any = app_ctx
 
 #: Kept: to collect a connection of an engine that is not ours would end the parent's transaction.
 _inherited: list[ContextSessions] = []

@@ -133,8 +133,8 @@ def mapper_owners(mapper: t.Any) -> dict[str | None, str]:
         raise
     owners: dict[str | None, str] = {}
     if isinstance(local_table, sa.Table):
-        _note_owner(local_table, owners)
-        return owners
+        info = local_table.metadata.info
+        return {info["bind_key"]: local_table.fullname} if "bind_key" in info else owners
     for element in _elements(local_table):
         _note_owner(element, owners)
     return owners

@@ -65,7 +65,8 @@ def test_layers(module: str) -> None:
     [
         ("dialects.generic", set()),
         ("dialects.frugal", {"dialects.generic"}),
-        ("dialects.pymysql", {"dialects.frugal", "dialects.generic"}),
+        ("dialects.packets", set()),
+        ("dialects.pymysql", {"dialects.frugal", "dialects.generic", "dialects.packets"}),
         ("dialects.mysqlclient", {"dialects.frugal", "dialects.generic"}),
         ("dialects.psycopg", {"dialects.generic"}),
         (
