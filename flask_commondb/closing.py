@@ -29,14 +29,19 @@ def close_session(session: sa_orm.Session, endpoint: str | None = None) -> None:
 
     :param endpoint: of the request that has used it, for the report.
     """
+    interrupt: BaseException | None = None  # it must not keep the others open
     connections = []
     if isinstance(session, RoutingSession):
         if session.replica_connections:
             session.release_replica_connections()
         connections = session.own_connections()
         for connection in connections:
-            pools.stop_reading(connection)  # closing it would be to read the rest
-    interrupt: BaseException | None = None  # it must not keep the others open
+            try:
+                pools.stop_reading(connection)  # closing it would be to read the rest
+                if not session.may_have_written:
+                    pools.end_read(connection)
+            except BaseException as error:
+                interrupt = error
     # A session stops at the first one that raises.
     if isinstance(session, RoutingSession) and len(connections) > 1:
         for connection in connections:

@@ -154,8 +154,9 @@ class TwoPhaseNotSupported(CommonDBError, NotImplementedError):
 class StatementTimeout(CommonDBError, sa_exc.OperationalError):
     """The server has stopped a statement that took longer than it may. It has had no effect.
 
-    On MariaDB and MySQL the transaction goes on. PostgreSQL lets it do nothing more; if it had only
-    read until then, it was ended and the session begins another by itself.
+    On MariaDB, MySQL and SQLite the transaction goes on, and so it does on PostgreSQL after a
+    SELECT inside of :meth:`.CommonDB.timeout`. Else PostgreSQL wants a ``rollback()``, unless the
+    statement was alone in its transaction.
 
     :param error: SQLAlchemy's; ``orig`` is the driver's.
     :param bind_key: the bind of the server.

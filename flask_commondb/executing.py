@@ -10,6 +10,7 @@ Must not: add a round trip to a statement that has no limits of its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import typing as t
 
@@ -63,20 +64,20 @@ class Executor:
             if self._usual != Limits():
                 self._dialect.set_limits(dbapi_connection, self._usual)
 
-        @sa.event.listens_for(engine, "do_execute")
-        def do_execute(cursor: t.Any, statement: str, parameters: t.Any, context: t.Any) -> bool:
-            return self._run(context.dialect.do_execute, context, cursor, statement, parameters)
+        @sa.event.listens_for(engine, "checkout")
+        def checkout(
+            dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry, proxied: t.Any
+        ) -> None:
+            if self._has_limited:  # a raw cursor would not ask
+                try:
+                    self._dialect.renew_limits(entry, self._limits(), self._usual)
+                except engine.dialect.loaded_dbapi.Error as error:
+                    raise sa.exc.DisconnectionError(str(error)) from error
 
-        @sa.event.listens_for(engine, "do_executemany")
-        def do_executemany(
-            cursor: t.Any, statement: str, parameters: t.Any, context: t.Any
-        ) -> bool:
-            return self._run(context.dialect.do_executemany, context, cursor, statement, parameters)
-
-        @sa.event.listens_for(engine, "do_execute_no_params")
-        def do_execute_no_params(cursor: t.Any, statement: str, context: t.Any) -> bool:
-            return self._run(context.dialect.do_execute_no_params, context, cursor, statement)
-
+        # Not listeners: they cost more, and would keep those of the caller's from being called.
+        for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+            run = functools.partial(self._run, getattr(engine.dialect, name))
+            setattr(engine.dialect, name, run)
         sa.event.listen(engine, "handle_error", self._handle_error)
 
     def before_raw_cursor(self, connection: PoolProxiedConnection) -> None:
@@ -89,37 +90,37 @@ class Executor:
         """Whether the driver's error says that the server was a primary, and is none any more."""
         return self._is_primary and self._dialect.is_demoted(error, dbapi_connection)
 
-    def _run(
-        self, execute: t.Callable[..., t.Any], context: t.Any, cursor: t.Any, *args: t.Any
-    ) -> bool:
-        started = time.monotonic()
+    def _run(self, execute: t.Callable[..., None], cursor: t.Any, *args: t.Any) -> None:
         if not self._is_initialized:
-            execute(cursor, *args, context)
-            return True
+            execute(cursor, *args)
+            return
+        started = time.monotonic()
+        context = args[-1]
         limits = self._limits()
         is_limited = limits is not None or self._has_limited
         try:
             if is_limited:
-                self._limit(context.root_connection.connection, limits)
-            execute(cursor, *args, context)
+                self._limit(context.root_connection.connection, limits, args[0])
+            execute(cursor, *args)
         except Exception as error:
             seconds = time.monotonic() - started
-            fresh = liveness.replacement(self._dialect, context, cursor, error, seconds)
+            fresh = liveness.replacement(self._dialect, context, cursor, args[0], error, seconds)
             if fresh is None:
                 raise
             try:
                 if is_limited:
-                    self._limit(context.root_connection.connection, limits)
-                execute(fresh, *args, context)
+                    self._limit(context.root_connection.connection, limits, args[0])
+                execute(fresh, *args)
             except BaseException:
                 with contextlib.suppress(Exception):
                     fresh.close()
                 raise
-        return True
 
-    def _limit(self, connection: PoolProxiedConnection, limits: Limits | None) -> None:
+    def _limit(
+        self, connection: PoolProxiedConnection, limits: Limits | None, statement: str = ""
+    ) -> None:
         self._has_limited = True
-        self._dialect.limit(connection, limits, self._usual)
+        self._dialect.limit(connection, limits, self._usual, statement)
 
     def _handle_error(self, context: sa.engine.ExceptionContext) -> Exception | None:
         error = context.original_exception
@@ -132,6 +133,8 @@ class Executor:
             context.is_disconnect = True  # so that the next transaction connects anew
         if not self._dialect.is_timeout(error):
             return None
+        if connection is not None and not connection.invalidated:
+            self._dialect.leave_failed_transaction(connection.connection)
         limits = self._limits() or Limits()
         limit = self._usual.statement if limits.statement is None else limits.statement
         return StatementTimeout(context.sqlalchemy_exception, self._bind_key, limit)

@@ -97,7 +97,12 @@ def stay_below_idle_limit(engine: sa.Engine, dialect: Generic) -> None:
 
 
 def replacement(
-    dialect: Generic, context: t.Any, cursor: t.Any, error: Exception, seconds: float
+    dialect: Generic,
+    context: t.Any,
+    cursor: t.Any,
+    statement: str,
+    error: Exception,
+    seconds: float,
 ) -> t.Any | None:
     """A cursor on a new connection, for the first statement of one that turned out dead.
 
@@ -105,6 +110,7 @@ def replacement(
     reached the server, or does no more than read.
 
     :param context: SQLAlchemy's, of the statement.
+    :param statement: what was sent, which a listener may have changed.
     :param seconds: for how long it was tried.
     :returns: ``None`` if the statement must not be repeated, or there is no new connection.
     """
@@ -121,7 +127,12 @@ def replacement(
         or entry.finalize_callback  # has an isolation level of its own, say
         or dialect.uses(proxied.dbapi_connection) not in (0, 1)
         or not context.dialect.is_disconnect(error, proxied, cursor)
-        or (dialect.was_sent(error, cursor) and not _only_reads(context))
+        or isinstance(proxied._pool, (sa.StaticPool, sa.pool.SingletonThreadPool))  # others use it
+        or isinstance(context.root_connection.get_transaction(), sa.TwoPhaseTransaction)
+        or (
+            dialect.was_sent(error, cursor)
+            and not (statement == context.statement and _only_reads(context))
+        )
     ):
         return None
     entry.invalidate(error)

@@ -18,6 +18,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from . import forks
+from . import keeping
 from . import liveness
 from .dialects import CurrentLimits
 from .dialects import Generic
@@ -83,14 +84,6 @@ def prepare_replica(
             entry.invalidate()
 
 
-def leave_failed_transaction(connection: sa.Connection) -> None:
-    """Make a connection usable whose transaction has only read, and then failed."""
-    if not connection.closed and not connection.invalidated:
-        dialect_for(connection.engine).leave_failed_transaction(
-            connection.connection.dbapi_connection
-        )
-
-
 def is_usable(connection: sa.Connection) -> bool:
     """Whether a connection that is checked out can take another statement. No round trip."""
     if connection.closed or connection.invalidated:
@@ -144,6 +137,29 @@ def stop_reading(connection: sa.Connection) -> None:
         discard(connection)
 
 
+def end_read(connection: sa.Connection) -> None:
+    """Roll back a transaction that has only read; what the server says to that is read later.
+
+    It is of no interest now. That the connection is lost is found out when it leaves its pool.
+    """
+    if connection.closed or connection.invalidated:
+        return
+    proxied: t.Any = connection.connection
+    entry = proxied._connection_record
+    if (
+        entry is None
+        or entry.finalize_callback  # sends something before it goes back
+        or connection.in_nested_transaction()
+        or isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
+    ):
+        return
+    dbapi_connection = proxied.dbapi_connection
+    if dbapi_connection is not None:
+        driver_error = connection.dialect.loaded_dbapi.Error
+        with contextlib.suppress(driver_error):  # the session's own rollback will say so
+            dialect_for(connection.engine).end_read(dbapi_connection)
+
+
 def is_reading(connection: sa.Connection) -> bool:
     """Whether a connection that is checked out still has rows on their way. No round trip."""
     if connection.closed or connection.invalidated:
@@ -194,7 +210,8 @@ def raw_cursor(connection: sa.Connection, *args: t.Any, **kwargs: t.Any) -> t.It
     """
     driver_error = connection.dialect.loaded_dbapi.Error
     proxied = connection.connection
-    executor = _executors.get(connection.dialect)
+    found = _executors.get(connection.dialect)
+    executor = None if found is None else found()
     if executor is not None:
         executor.before_raw_cursor(proxied)
     cursor = proxied.cursor(*args, **kwargs)
@@ -217,7 +234,7 @@ def raw_cursor(connection: sa.Connection, *args: t.Any, **kwargs: t.Any) -> t.It
     except driver_error as error:
         # SQLAlchemy does not see what a raw cursor runs into.
         if not connection.closed:
-            demoted = executor is not None and executor.is_demoted(error)
+            demoted = executor is not None and executor.is_demoted(error, proxied.dbapi_connection)
             if demoted or connection.dialect.is_disconnect(error, proxied, cursor):
                 connection.invalidate(error)
             if demoted:
@@ -232,8 +249,10 @@ def raw_cursor(connection: sa.Connection, *args: t.Any, **kwargs: t.Any) -> t.It
 _twophase: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
 
 
-#: By SQLAlchemy's dialect object of an engine.
-_executors: weakref.WeakKeyDictionary[sa.Dialect, Executor] = weakref.WeakKeyDictionary()
+#: By SQLAlchemy's dialect object of an engine, which has it, and which it knows.
+_executors: weakref.WeakKeyDictionary[sa.Dialect, weakref.ref[Executor]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _prepare(
@@ -250,7 +269,13 @@ def _prepare(
     usual = Limits(settings.statement_timeout, settings.lock_timeout)
     executor = Executor(dialect, bind_key, limits, usual, is_primary)
     executor.install(engine)
-    _executors[engine.dialect] = executor
+    _executors[engine.dialect] = weakref.ref(executor)
+    keeping.keep(
+        engine,
+        answers=dialect.answers,
+        min_size=settings.min_size,
+        max_idle=settings.max_idle,
+    )
     if not dialect.is_local:
         ping_after = None if engine.pool._pre_ping else settings.ping_after
         liveness.look_at_checkout(engine, dialect, ping_after)

@@ -98,6 +98,15 @@ class Proxy:
         with self._lock:
             self._commands.clear()
 
+    def catch_up(self) -> None:
+        """Return when all that clients have sent is in the list, also what has no answer yet."""
+
+        def catch_up() -> None:
+            for link in self._links:
+                link.hear(self._delay)
+
+        self._do(catch_up)
+
     def wait_for(self, name: str, timeout: float = 5.0) -> None:
         """Return when a command of that name is in the list."""
         wait_until(
@@ -317,6 +326,12 @@ class _Link:
                 yield pipe.sink.fileno(), select.POLLOUT
             elif pipe.held:
                 due.append(pipe.held[0][0])
+
+    def hear(self, delay: float) -> None:
+        """Receive what the client has sent."""
+        with contextlib.suppress(OSError):  # nothing; or trouble that the next round will find
+            if self._pipes[0].wants_to_receive:
+                self._pipes[0].receive(delay)
 
     def move(self, ready: c.Mapping[int, int], delay: float) -> None:
         """Receive and send what can be, without waiting."""

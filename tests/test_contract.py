@@ -16,6 +16,7 @@ import threading
 import time
 import typing as t
 import weakref
+from pathlib import Path
 
 import flask_sqlalchemy.record_queries
 import flask_sqlalchemy.session
@@ -29,6 +30,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from pymysql.constants import COMMAND
 from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.engine.result import IteratorResult
 from sqlalchemy.engine.result import SimpleResultMetaData
 from sqlalchemy.orm.session import SessionTransactionOrigin
@@ -535,6 +537,81 @@ def test_engines_are_keys(engine: sa.Engine) -> None:
         connections = weakref.WeakSet([connection])
         assert connection in connections
         assert second not in connections
+
+
+@pytest.fixture
+def pooled(tmp_path: Path) -> t.Iterator[sa.Engine]:
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/pooled.db")
+    yield engine
+    engine.dispose()
+
+
+def test_connection_in_the_place_of_another(pooled: sa.Engine) -> None:
+    """What a checkout does with a dead connection can be done for one that is checked out."""
+    with pooled.connect() as connection:
+        proxied: t.Any = connection.connection
+        entry = proxied._connection_record
+        before = proxied.dbapi_connection
+        assert list(entry.finalize_callback) == []
+        entry.invalidate(RuntimeError("lost"))
+        assert entry.dbapi_connection is None
+        seen: list[object] = []
+        sa.event.listen(pooled, "checkout", lambda *event: seen.append(event))
+        proxied.dbapi_connection = entry.get_connection()
+        proxied._pool.dispatch.checkout(proxied.dbapi_connection, entry, proxied)
+        assert seen == [(proxied.dbapi_connection, entry, proxied)]
+        assert proxied.dbapi_connection is not before
+        assert connection.scalar(sa.text("SELECT 1")) == 1
+    assert entry.dbapi_connection is not None
+
+
+def test_connection_that_cannot_be_replaced(pooled: sa.Engine) -> None:
+    """One that is given back while it is out is invalidated for who has it."""
+    with pooled.connect() as connection:
+        connection.scalar(sa.text("SELECT 1"))
+        proxied: t.Any = connection.connection
+        proxied._connection_record.invalidate()
+        proxied.dbapi_connection = None
+        proxied.close()
+        connection.invalidate(RuntimeError("lost"))
+        assert connection.invalidated
+        connection.rollback()
+        assert connection.scalar(sa.text("SELECT 1")) == 1
+
+
+def test_cursor_of_a_context(pooled: sa.Engine) -> None:
+    """A statement's context makes another cursor, and its result is read from the one it has."""
+    execute = pooled.dialect.do_execute
+
+    def do_execute(cursor: t.Any, statement: str, parameters: t.Any, context: t.Any) -> None:
+        assert context.cursor is cursor
+        assert context.statement == statement
+        context.cursor = context.create_cursor()
+        execute(context.cursor, statement, parameters, context)
+
+    pooled.dialect.do_execute = do_execute  # type: ignore[method-assign, assignment]
+    with pooled.connect() as connection:
+        result = connection.execute(sa.select(sa.literal(7)))
+        assert result.context.execute_style is not ExecuteStyle.INSERTMANYVALUES
+        assert result.context.root_connection is connection
+        assert result.scalar() == 7
+
+
+def test_age_of_a_pool(pooled: sa.Engine) -> None:
+    """How long a connection lives is looked up when it is taken, and a new pool inherits it."""
+    pool: t.Any = pooled.pool
+    assert pool._pre_ping is False
+    pool._recycle = 40
+    pooled.dispose()
+    assert t.cast(t.Any, pooled.pool)._recycle == 40
+
+
+def test_clean_session(pooled: sa.Engine) -> None:
+    """A session knows, without a flush, whether it has something to write."""
+    with so.Session(pooled) as session:
+        assert session._is_clean()
+        session.add(Author())
+        assert not session._is_clean()
 
 
 # --- Flask -------------------------------------------------------------------------------------

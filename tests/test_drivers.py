@@ -144,6 +144,79 @@ def test_changed_autocommit(wired: Wired) -> None:
         assert wired.db.session.scalars(sa.select(wired.models[None].id)).all() == []
 
 
+@pytest.mark.parametrize("level", ["AUTOCOMMIT", "SERIALIZABLE"])
+def test_variants(wired: Wired, level: str) -> None:
+    """Sessions with an isolation level of their own take turns with others on one connection."""
+    db, model = wired.db, wired.models[None]
+    statement = sa.select(model.id)
+    for _ in range(20):
+        with wired.app.test_request_context():
+            assert db.session.execute(statement).all() == []
+        with wired.app.test_request_context():
+            db.session.connection(execution_options={"isolation_level": level})
+            assert db.session.execute(statement).all() == []
+    pool = t.cast(sa.QueuePool, wired.engines[None].pool)
+    assert (pool.checkedout(), pool.checkedin()) == (0, 1)
+
+
+def test_savepoint_that_reads(wired: Wired, caplog: pytest.LogCaptureFixture) -> None:
+    """A unit that ends inside of a savepoint, in which it has only read, ends in peace."""
+    db, model = wired.db, wired.models[None]
+    for _ in range(3):
+        with wired.app.test_request_context():
+            db.session.begin_nested()
+            assert db.session.execute(sa.select(model.id)).all() == []
+    pool = t.cast(sa.QueuePool, wired.engines[None].pool)
+    assert (pool.checkedout(), pool.checkedin()) == (0, 1)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("wired", MYSQL_FAMILY, indirect=True)
+def test_two_phases_that_read(wired: Wired, caplog: pytest.LogCaptureFixture) -> None:
+    """So does one in two phases that it has not used."""
+    db, model = wired.db, wired.models[None]
+    numbers = set()
+    for _ in range(3):
+        with wired.app.test_request_context():
+            db.session().twophase = True
+            assert db.session.execute(sa.select(model.id)).all() == []
+            numbers.add(db.session.scalar(sa.text("SELECT CONNECTION_ID()")))
+    assert len(numbers) == 1
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("wired", MYSQL_FAMILY, indirect=True)
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_interrupted_at_the_end(wired: Wired, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """An interrupt while a unit sends its ROLLBACK does not leave an answer for the next unit."""
+    db, model = wired.db, wired.models[None]
+    with wired.engines[None].connect() as connection:
+        driver_class: t.Any = type(connection.connection.dbapi_connection)
+    original = driver_class._send_rollback
+    interrupts = [1, 1, 1]
+
+    def send_rollback(connection: t.Any) -> None:
+        if interrupts and moment == "before":
+            interrupts.pop()
+            raise KeyboardInterrupt
+        original(connection)
+        if interrupts:
+            interrupts.pop()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver_class, "_send_rollback", send_rollback)
+    for number in range(1, 4):
+        context = wired.app.test_request_context()
+        context.push()
+        db.session.execute(sa.select(model.id)).all()
+        with pytest.raises(KeyboardInterrupt):
+            context.pop()
+        for _ in range(3):
+            with wired.app.test_request_context():
+                assert db.session.scalar(sa.text(f"SELECT {number}")) == number
+    assert t.cast(sa.QueuePool, wired.engines[None].pool).checkedout() == 0
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_replica(request: pytest.FixtureRequest, driver: str) -> None:
     """A replica's connections are read-only, send nothing at the end, and are kept."""

@@ -25,6 +25,7 @@ from flask_commondb import PartialCommitError
 from flask_commondb.signals import unit_repeated
 
 from .apps import Lab
+from .apps import lab_with_orders
 from .servers import wait_until
 
 if t.TYPE_CHECKING:
@@ -298,6 +299,31 @@ def test_a_job_that_only_reads(shop: Shop) -> None:
 
     assert work().title == "loaded"
     assert "commit" not in seen
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_a_job_that_changes_what_another_bind_has(tmp_path: Path, flushed: bool) -> None:
+    """An object that was read from a bind of the caller's choice is a change as any other."""
+    lab = lab_with_orders(tmp_path)
+    db = lab.db
+
+    @db.job
+    def rename() -> None:
+        there = {"bind": db.engines["orders"]}
+        post = db.session.execute(sa.select(lab.Post), bind_arguments=there).scalar_one()
+        post.title = "new"
+        if flushed:
+            db.session.flush()
+
+    with lab.app.app_context():
+        elsewhere = db.engines["orders"]
+        lab.Post.__table__.create(elsewhere)
+        with elsewhere.begin() as connection:
+            connection.execute(sa.insert(lab.Post), {"title": "old"})
+        rename()
+        with elsewhere.connect() as connection:
+            assert connection.scalar(sa.select(lab.Post.title)) == "new"
+    lab.dispose()
 
 
 def test_a_job_has_its_own_transactions(shop: Shop) -> None:

@@ -346,6 +346,44 @@ def test_objects_are_repeated_too(make_wired: MakeWired) -> None:
             assert read() == 1
 
 
+def test_statement_that_a_listener_has_changed(make_wired: MakeWired) -> None:
+    """What is sent counts, not what the caller has written: it might write."""
+    wired = make_wired()
+    db, model = wired.db, wired.models[None]
+    engine = wired.engines[None]
+    changed = f"INSERT INTO {model.__tablename__} VALUES (DEFAULT)"
+
+    @sa.event.listens_for(engine, "before_cursor_execute", retval=True)
+    def change(*args: t.Any) -> tuple[str, t.Any]:
+        if wired.family == "mysql":  # psycopg has not sent it, so it may run on another
+            wired.kill()
+        return changed, args[3]
+
+    with wired.app.test_request_context():
+        db.session.connection()
+        if wired.family == "mysql":
+            with pytest.raises(sa.exc.DBAPIError, match=LOST):
+                db.session.execute(sa.select(model.id))
+        else:
+            with pytest.raises(sa.exc.ResourceClosedError, match="does not return rows"):
+                db.session.execute(sa.select(model.id)).all()
+        db.session.rollback()
+    sa.event.remove(engine, "before_cursor_execute", change)
+    assert wired.statuses() == ALL_FINE
+
+
+def test_not_replaced_in_two_phases(make_wired: MakeWired) -> None:
+    """A transaction in two phases has begun on its connection, so that one is not replaced."""
+    wired = make_wired()
+    engine = wired.engines[None]
+    with engine.connect() as connection:
+        connection.begin_twophase()
+        wired.kill()
+        with pytest.raises(sa.exc.DBAPIError, match=LOST):
+            connection.execute(sa.select(wired.models[None].id))
+    assert wired.statuses() == ALL_FINE
+
+
 def test_replaced_under_the_leak_watch(make_wired: MakeWired) -> None:
     """Who holds a connection is known also when it stands in the place of a dead one."""
     wired = make_wired(COMMONDB_LEAK_WATCH=True)

@@ -36,8 +36,11 @@ class Wire:
         for _ in range(20):  # both replicas have had their turn
             work()
         for proxy in self.proxies:
+            proxy.catch_up()
             proxy.clear()
         work()
+        for proxy in self.proxies:
+            proxy.catch_up()
         return [
             (command.sql or command.name).split()[0].upper()
             for proxy in self.proxies
@@ -96,6 +99,33 @@ def test_nothing_done(wire: Wire) -> None:
     lab.run(lab.read)
     assert wire.cost(lambda: lab.run(lambda: None)) == []
     assert wire.cost(lambda: lab.run(lambda: lab.db.session.rollback())) == []
+    lab.dispose()
+
+
+def test_a_context_that_is_empty(wire: Wire) -> None:
+    """A context outside of a request sends nothing when it uses no database."""
+    lab = Lab(wire.primary, wire.replicas)
+    lab.run(lab.read)
+
+    def empty() -> None:
+        with lab.app.app_context():
+            pass
+
+    assert wire.cost(empty) == []
+    lab.dispose()
+
+
+@pytest.mark.parametrize("replicas", [False, True], ids=["plain", "replicas"])
+def test_procedures(wire: Wire, mariadb_database: Database[MariaDBCluster], replicas: bool) -> None:
+    """A procedure with IN parameters only is 1 command, with OUT 2, with INOUT 3."""
+    mariadb_database.execute("CREATE PROCEDURE only_in(a INT) SELECT a")
+    mariadb_database.execute("CREATE PROCEDURE with_out(a INT, OUT b INT) SET b = a")
+    mariadb_database.execute("CREATE PROCEDURE with_inout(INOUT a INT) SET a = a + 1")
+    lab = Lab(wire.primary, wire.replicas if replicas else ())
+    with lab.app.app_context():
+        assert wire.cost(lambda: lab.db.callproc("only_in", 1)) == ["CALL"]
+        assert wire.cost(lambda: lab.db.callproc("with_out", 1)) == ["CALL", "SELECT"]
+        assert wire.cost(lambda: lab.db.callproc("with_inout", 1)) == ["SET", "CALL", "SELECT"]
     lab.dispose()
 
 
@@ -298,3 +328,104 @@ def test_lost_rollback_is_not_taken_for_done(mariadb_database: Database[MariaDBC
         assert not driver.nothing_pending
         connection.close()
     lab.dispose()
+
+
+DRIVERS = ["mysql+pymysql", "mysql+mysqldb"]
+
+
+def _lab_on(wire: Wire, driver: str) -> Lab:
+    """An app whose pool has one connection."""
+    url = wire.primary.replace("mysql+pymysql", driver)
+    options = {"pool_size": 1, "max_overflow": 0, "connect_args": {"read_timeout": 5}}
+    return Lab(url, engine_options=options)
+
+
+def _read_only(lab: Lab) -> t.Any:
+    """Read in a context of its own; returns the driver's connection that was used."""
+    seen: list[t.Any] = []
+
+    def note(dbapi_connection: t.Any, entry: t.Any, proxied: t.Any) -> None:
+        seen.append(dbapi_connection)
+
+    sa.event.listen(lab.engines[0], "checkout", note)
+    assert lab.run(lab.titles) is not None
+    sa.event.remove(lab.engines[0], "checkout", note)
+    return seen[-1]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_end_of_a_read_is_not_waited_for(wire: Wire, driver: str) -> None:
+    """A unit that has only read ends without the server's answer, which is read when it is there.
+
+    With a server that answers nothing any more the end of the context would not come.
+    """
+    lab = _lab_on(wire, driver)
+    (proxy, *_) = wire.proxies
+    used = _read_only(lab)
+    with lab.request():
+        lab.titles()
+        proxy.stall()
+    assert used.owes_answer
+    assert lab.checked_out() == 0
+    proxy.resume()
+    assert wire.cost(lambda: lab.run(lab.titles)) == ["SELECT", "ROLLBACK"]
+    assert _read_only(lab) is used
+    lab.dispose()
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("fails", ["cut", "lost", "killed"])
+def test_answer_that_does_not_come(
+    wire: Wire, mariadb_database: Database[MariaDBCluster], driver: str, fails: str
+) -> None:
+    """A connection whose ROLLBACK is never answered is replaced, and nobody sees an error."""
+    lab = _lab_on(wire, driver)
+    (proxy, *_) = wire.proxies
+    used = _read_only(lab)
+    with lab.request():
+        lab.titles()
+        if fails == "lost":
+            proxy.lose()
+    if fails == "cut":
+        proxy.cut()
+    elif fails == "killed":
+        mariadb_database.execute(f"KILL {used.thread_id()}")
+    assert used.owes_answer
+    assert _read_only(lab) is not used
+    assert lab.checked_out() == 0
+    lab.dispose()
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_end_of_a_write_is_waited_for(wire: Wire, driver: str) -> None:
+    """A unit that may have changed or locked anything ends when its rollback has happened."""
+    lab = _lab_on(wire, driver)
+    used = _read_only(lab)
+    lock = sa.select(lab.Post).with_for_update()
+    units: list[t.Callable[[], t.Any]] = [
+        lambda: lab.db.session.execute(lock).all(),
+        lambda: lab.db.session.execute(sa.text("SELECT 1")).all(),
+        lambda: lab.db.session.execute(sa.delete(lab.Post)),
+    ]
+    for unit in units:
+        lab.run(unit, "POST")
+        assert not used.owes_answer
+    lab.dispose()
+
+
+def test_closed_with_an_answer_to_come(wire: Wire) -> None:
+    """A pool that is disposed of says farewell, whether or not the answer has come."""
+    (proxy, *_) = wire.proxies
+    lab = _lab_on(wire, DRIVERS[0])
+    for has_come in (True, False):
+        used = _read_only(lab)
+        if not has_come:
+            with lab.request():
+                lab.titles()
+                proxy.stall()
+        assert used.owes_answer
+        lab.dispose()
+        proxy.resume()
+        proxy.wait_for("QUIT")
+        proxy.clear()
+        assert not used.open

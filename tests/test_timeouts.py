@@ -167,6 +167,53 @@ def test_next_user_of_a_connection(make_wired: MakeWired) -> None:
     assert t.cast(sa.QueuePool, engine.pool).checkedin() == 1
 
 
+def test_next_raw_user_of_a_connection(make_wired: MakeWired) -> None:
+    """The same for who takes a connection from its pool without SQLAlchemy."""
+    wired = make_wired()
+    engine = wired.engines[None]
+    seen: list[t.Any] = []
+    show = {"mysql": "SELECT @@max_statement_time", "postgresql": "SHOW statement_timeout"}
+
+    def look() -> None:
+        connection = engine.raw_connection()
+        cursor = connection.cursor()
+        cursor.execute(show[wired.family])
+        seen.append(cursor.fetchone())
+        connection.close()
+
+    look()
+    for level in ("AUTOCOMMIT", "READ COMMITTED"):
+        with wired.app.app_context(), wired.db.timeout(7):
+            with engine.connect().execution_options(isolation_level=level) as connection:
+                assert limits_at_server(wired, connection)[0] == 7
+        look()
+    assert seen[0] == seen[1] == seen[2]
+
+
+@pytest.mark.parametrize("make_wired", ["PyMySQL", "mysqlclient"], indirect=True)
+def test_variables_that_are_set_inside(make_wired: MakeWired) -> None:
+    """A SET inside of a block holds after it, also for a connection that is made there."""
+    wired = make_wired(COMMONDB_ENGINE_DEFAULTS={"statement_timeout": 7, "lock_timeout": 9})
+    with wired.app.test_request_context():
+        session = wired.db.session
+        with wired.db.timeout(2, lock=3):
+            assert limits_at_server(wired, session) == (2, 3)
+        assert limits_at_server(wired, session) == (7, 9)
+        with wired.db.timeout(2):
+            session.execute(sa.text("SET SESSION max_statement_time = 5"))
+        assert limits_at_server(wired, session) == (5, 9)
+
+
+def test_far_and_near(make_wired: MakeWired) -> None:
+    """A limit that the server would take for none, or for a mistake, is the nearest that it has."""
+    wired = make_wired()
+    with wired.app.test_request_context():
+        with wired.db.timeout(60 * 60 * 24 * 365):
+            assert limits_at_server(wired, wired.db.session)[0] >= 60 * 60 * 24 * 20
+        with wired.db.timeout(3e-7), pytest.raises(StatementTimeout):
+            wired.db.session.execute(sleep(wired, 30))
+
+
 def test_view(make_wired: MakeWired) -> None:
     """As a decorator it is for a view; other threads and requests know nothing of it."""
     wired = make_wired()
@@ -190,24 +237,69 @@ def test_view(make_wired: MakeWired) -> None:
 
 
 def test_what_was_done_before(make_wired: MakeWired) -> None:
-    """What the transaction has written before goes the way that the server has for it."""
+    """What the transaction has done before a read is stopped is kept, and the session goes on."""
     wired = make_wired()
-    model = wired.models[None]
+    db, model = wired.db, wired.models[None]
     with wired.app.test_request_context():
-        session = wired.db.session
-        session.add(model(id=1))
-        session.flush()
-        with wired.db.timeout(0.2), pytest.raises(StatementTimeout):
-            session.execute(sleep(wired, 30))
-        if wired.family == "mysql":
-            session.commit()
-        else:
-            with pytest.raises(sa.exc.InternalError, match="current transaction is aborted"):
-                session.execute(sa.select(model.id))
-            session.rollback()
-            session.add(model(id=1))
-            session.commit()
-        assert session.scalars(sa.select(model.id)).all() == [1]
+        db.session.add(model(id=1))
+        db.session.flush()
+        db.session.add(model(id=2))  # goes with the statement that is stopped
+        slow = {"mysql": sa.func.sleep(30), "postgresql": sa.func.pg_sleep(30)}[wired.family]
+        for statement in (sa.select(slow), sleep(wired, 30)):
+            with db.timeout(0.2), pytest.raises(StatementTimeout):
+                db.session.execute(statement)
+            assert db.session.scalars(sa.select(model.id).order_by(model.id)).all() == [1, 2]
+        db.session.commit()
+        assert db.session.scalars(sa.select(model.id).order_by(model.id)).all() == [1, 2]
+
+
+def test_autoflush_of_the_statement_that_is_stopped(make_wired: MakeWired) -> None:
+    """What a session writes in the same call, before its first statement, is not lost either."""
+    wired = make_wired()
+    db, model = wired.db, wired.models[None]
+    slow = {"mysql": sa.func.sleep(30), "postgresql": sa.func.pg_sleep(30)}[wired.family]
+    with wired.app.test_request_context():
+        db.session.add(model(id=1))
+        with db.timeout(0.2), pytest.raises(StatementTimeout):
+            db.session.execute(sa.select(model.id, slow))
+        db.session.commit()
+        assert db.session.scalars(sa.select(model.id)).all() == [1]
+
+
+@pytest.mark.parametrize("make_wired", ["psycopg"], indirect=True)
+def test_limit_of_the_bind_on_postgresql(make_wired: MakeWired) -> None:
+    """Outside of a block PostgreSQL gives up the transaction, and what is in it is not thrown away
+    in silence: only a statement that was alone in it leaves nothing to roll back."""
+    wired = make_wired(COMMONDB_ENGINE_DEFAULTS={"statement_timeout": 0.2})
+    db, model = wired.db, wired.models[None]
+    with wired.app.test_request_context():
+        with pytest.raises(StatementTimeout):
+            db.session.execute(sleep(wired, 30))
+        assert db.session.scalars(sa.select(model.id)).all() == []
+        with pytest.raises(StatementTimeout):
+            db.session.execute(sleep(wired, 30))
+        with pytest.raises(sa.exc.InternalError, match="current transaction is aborted"):
+            db.session.execute(sa.select(model.id))
+        db.session.rollback()
+        assert db.session.scalars(sa.select(model.id)).all() == []
+
+
+@pytest.mark.parametrize("make_wired", ["psycopg"], indirect=True)
+def test_settings_of_the_transaction(make_wired: MakeWired) -> None:
+    """What a listener has set for the transaction holds after a statement was stopped."""
+    wired = make_wired()
+    db = wired.db
+    tenant = sa.text("SELECT current_setting('app.tenant', true)")
+
+    @sa.event.listens_for(db.session, "after_begin")
+    def after_begin(session: object, transaction: object, connection: sa.Connection) -> None:
+        connection.exec_driver_sql("SET LOCAL app.tenant = 'acme'")
+
+    with wired.app.test_request_context():
+        assert db.session.scalar(tenant) == "acme"
+        with db.timeout(0.2), pytest.raises(StatementTimeout):
+            db.session.execute(sleep(wired, 30))
+        assert db.session.scalar(tenant) == "acme"
 
 
 def test_flush(make_wired: MakeWired) -> None:
@@ -300,6 +392,7 @@ def test_round_trips(make_wired: MakeWired) -> None:
     statement = sa.select(wired.models[None].id)
     with wired.app.test_request_context():
         wired.db.session.execute(statement)
+    wired.proxy.catch_up()  # with the end of that one
     wired.proxy.clear()
     with wired.app.test_request_context(), wired.db.timeout(2, lock=0.5):
         wired.db.session.execute(statement)
@@ -352,7 +445,7 @@ def test_settings(make_wired: MakeWired) -> None:
             assert limits_at_server(wired, session) == (0.3, 2)
             with pytest.raises(StatementTimeout, match=r"longer than 0\.3 s"):
                 session.execute(sleep(wired, 30))
-            session.rollback()
+            session.rollback()  # for PostgreSQL
             with wired.db.timeout(30):
                 session.execute(sleep(wired, 0.4))
                 assert limits_at_server(wired, session) == (30, 2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import typing as t
 
 from .generic import CurrentLimits
@@ -20,7 +21,8 @@ def mariadb_variables(limits: Limits) -> dict[str, float]:
     """The session variables of MariaDB that limits are written in."""
     variables: dict[str, float] = {}
     if limits.statement is not None:
-        variables["max_statement_time"] = limits.statement
+        # A limit that is over before the statement begins is none.
+        variables["max_statement_time"] = limits.statement and max(limits.statement, 0.001)
     if limits.lock is not None:
         # Whole seconds. The second is for metadata: a DROP that waits for a reader.
         variables["innodb_lock_wait_timeout"] = math.ceil(limits.lock)
@@ -42,6 +44,9 @@ class Frugal:
 
     #: Whether a COMMIT or ROLLBACK would have nothing to end.
     nothing_pending = False
+
+    #: Whether the server has still to answer a ROLLBACK.
+    owes_answer = False
 
     #: What was sent since the connection left its pool.
     uses = 0
@@ -71,16 +76,59 @@ class Frugal:
             self.nothing_pending = True
             self.may_have_begun = False
 
+    def send_rollback(self) -> None:
+        """ROLLBACK, if there is anything to roll back, and do not wait for the answer.
+
+        It is read before anything else is sent, by :meth:`read_answer`.
+        """
+        if not self.nothing_pending:
+            try:
+                self._send_rollback()
+                self.nothing_pending = self.owes_answer = True
+                self.may_have_begun = False
+            except BaseException:  # a signal's, say: it may be sent, and would be answered
+                self.cut()
+                raise
+
+    def read_answer(self) -> None:
+        """Read the answer to :meth:`send_rollback`, which has long been there as a rule."""
+        if self.owes_answer:
+            try:
+                self._read_answer()
+            except BaseException:
+                self.cut()
+                raise
+            finally:
+                self.owes_answer = False
+
+    def cut(self) -> None:
+        """Close it without a word to the server."""
+        raise NotImplementedError
+
+    def _send_rollback(self) -> None:
+        raise NotImplementedError
+
+    def _read_answer(self) -> None:
+        raise NotImplementedError
+
     def query(self, query: t.Any, *args: t.Any, **kwargs: t.Any) -> t.Any:
         """Send a statement; on MariaDB with its time limit in front, which costs no round trip."""
         limits = self.limits()
-        if limits is not None and self.is_mariadb:
+        if limits is not None and self.is_mariadb and not _SET.match(_as_bytes(query)):
             prefix = _prefix(limits)
             query = prefix + query if isinstance(query, str) else prefix.encode() + query
         return super().query(query, *args, **kwargs)  # type: ignore[misc]
 
 
-@functools.cache
+#: What sets a variable. SET STATEMENT would set it back, if it is one of its own.
+_SET = re.compile(rb"\s*SET\b", re.IGNORECASE)
+
+
+def _as_bytes(query: t.Any) -> bytes:
+    return query[:20].encode() if isinstance(query, str) else bytes(query[:20])
+
+
+@functools.lru_cache(maxsize=128)
 def _prefix(limits: Limits) -> str:
     variables = ", ".join(f"{name}={value}" for name, value in mariadb_variables(limits).items())
     return f"SET STATEMENT {variables} FOR "

@@ -115,8 +115,11 @@ class Generic:
         """After how many seconds the server closes an idle connection. One round trip."""
         return None
 
-    def is_demoted(self, error: t.Any) -> bool:
-        """Whether the driver's error says that this server is not a primary any more."""
+    def is_demoted(self, error: t.Any, dbapi_connection: t.Any) -> bool:
+        """Whether the driver's error says that this server is not a primary any more.
+
+        :param dbapi_connection: which may be read-only by the user's own choice.
+        """
         return False
 
     def is_timeout(self, error: t.Any) -> bool:
@@ -130,17 +133,26 @@ class Generic:
         """Give a new connection the limits that its bind has."""
 
     def limit(
-        self, connection: PoolProxiedConnection, limits: Limits | None, usual: Limits
+        self,
+        connection: PoolProxiedConnection,
+        limits: Limits | None,
+        usual: Limits,
+        statement: str = "",
     ) -> None:
         """Give the next statement its limits, where the connections do not do so themselves.
 
         :param limits: the caller's; ``None``: the connection's usual ones.
+        :param statement: its text, if that is known.
         """
 
-    def leave_failed_transaction(self, dbapi_connection: t.Any) -> None:
-        """Make a connection usable that refuses everything since a statement has failed.
+    def renew_limits(self, entry: t.Any, limits: Limits | None, usual: Limits) -> None:
+        """Take limits away from a connection that leaves its pool and still has its last user's."""
+        self.limit(entry, limits, usual)
 
-        For a transaction that has only read.
+    def leave_failed_transaction(self, connection: PoolProxiedConnection) -> None:
+        """Make a connection usable that refuses everything since a statement was stopped.
+
+        Only if nothing is lost with it.
         """
 
     def prepare_primary(self, dbapi_connection: DBAPIConnection) -> None:
@@ -206,6 +218,9 @@ class Generic:
     def is_stale_signature(self, error: sa.exc.DBAPIError) -> bool:
         """Whether an error of :meth:`call` says that the parameters are not what we think."""
         return False
+
+    def end_read(self, dbapi_connection: DBAPIConnection) -> None:
+        """Roll back what has only read, without waiting for the answer if the driver allows it."""
 
     def is_dead(self, dbapi_connection: DBAPIConnection) -> bool:
         """Whether the server has hung up on an idle connection, found out without a round trip.

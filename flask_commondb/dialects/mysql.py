@@ -16,6 +16,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from . import mysqlclient
 from . import pymysql
+from .frugal import Frugal
 from .frugal import mariadb_variables
 from .generic import Arguments
 from .generic import CurrentLimits
@@ -176,7 +177,7 @@ class MySQL(Generic):
     def idle_limit(self, dbapi_connection: DBAPIConnection) -> float | None:
         return float(ask(dbapi_connection, "SELECT @@wait_timeout"))
 
-    def is_demoted(self, error: t.Any) -> bool:
+    def is_demoted(self, error: t.Any, dbapi_connection: t.Any) -> bool:
         code, text = (*error.args, "", "")[:2]
         if code == _OPTION_PREVENTS:  # --skip-grant-tables and others do so, too
             return "read-only" in str(text) or "read_only" in str(text)
@@ -192,7 +193,11 @@ class MySQL(Generic):
             run(dbapi_connection, f"SET SESSION {assignments}")
 
     def limit(
-        self, connection: PoolProxiedConnection, limits: Limits | None, usual: Limits
+        self,
+        connection: PoolProxiedConnection,
+        limits: Limits | None,
+        usual: Limits,
+        statement: str = "",
     ) -> None:
         if getattr(connection.dbapi_connection, "is_mariadb", False):
             return  # our connections write them in front of the statement
@@ -213,6 +218,18 @@ class MySQL(Generic):
             seconds = variables.pop("max_statement_time")
             variables["max_execution_time"] = math.ceil(seconds * 1000)
         return variables
+
+    def end_read(self, dbapi_connection: t.Any) -> None:
+        if isinstance(dbapi_connection, Frugal):
+            dbapi_connection.send_rollback()
+
+    def is_dead(self, dbapi_connection: t.Any) -> bool:
+        if isinstance(dbapi_connection, Frugal):
+            try:
+                dbapi_connection.read_answer()
+            except Exception:
+                return True
+        return super().is_dead(dbapi_connection)
 
     def hold_read_only(self, dbapi_connection: DBAPIConnection) -> None:
         # Stronger than the server's read_only: it binds users with READ_ONLY ADMIN as well.

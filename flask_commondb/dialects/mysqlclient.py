@@ -7,6 +7,7 @@ Must not: know of engines, pools or SQLAlchemy.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import typing as t
@@ -36,15 +37,43 @@ def connection_class() -> type[t.Any]:
         is_reading = False
 
         def query(self, query: bytes) -> None:
+            self.read_answer()
             self.nothing_pending = False
             self.uses += 1
             if not _READ.match(query):
                 self.may_have_begun = True
             super().query(query)
 
+        def autocommit(self, on: bool) -> None:
+            self.read_answer()
+            super().autocommit(on)
+
+        def select_db(self, db: str) -> None:
+            self.read_answer()
+            super().select_db(db)
+
+        def set_character_set(self, *args: t.Any, **kwargs: t.Any) -> None:
+            self.read_answer()
+            super().set_character_set(*args, **kwargs)
+
+        def close(self) -> None:
+            if self.open:  # else it would complain
+                super().close()
+
+        def cut(self) -> None:
+            with contextlib.suppress(Exception):
+                self.close()
+
         def ping(self) -> None:
             # COM_PING would be waited for without end.
+            self.read_answer()
             self.send_query(b"DO 0")
+            self._read_answer()
+
+        def _send_rollback(self) -> None:
+            self.send_query(b"ROLLBACK")
+
+        def _read_answer(self) -> None:
             if not is_readable(self.fileno(), PING_TIMEOUT):
                 self.close()
                 raise OperationalError(2013, "The server has not answered a ping in time.")

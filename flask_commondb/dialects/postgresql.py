@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import typing as t
 
 import sqlalchemy as sa
@@ -20,9 +21,20 @@ from .generic import ask
 from .generic import run
 from .generic import uncounted
 
-#: libpq's PQTRANS_IDLE and PQTRANS_INERROR: no transaction is open, or one that has failed.
+#: libpq's PQTRANS_IDLE, PQTRANS_INTRANS and PQTRANS_INERROR: no transaction, one, a failed one.
 _IDLE = 0
+_IN_TRANSACTION = 2
 _IN_ERROR = 3
+
+#: To come back to when a statement is stopped; PostgreSQL would give up the whole transaction.
+_SAVEPOINT = "commondb_limit"
+
+#: What begins a statement that may be stopped alone. A write would be a transaction of its own
+#: inside of a savepoint, which has its price.
+_READ = re.compile(r"[\s(]*(SELECT|WITH|TABLE|VALUES)\b", re.IGNORECASE)
+
+#: In milliseconds: an int of the server.
+_LONGEST = 2**31 - 1
 
 #: By SQLSTATE.
 _READ_ONLY = "25006"
@@ -36,6 +48,8 @@ class _SetNow(t.NamedTuple):
 
     session: dict[str, t.Any]
     transaction: dict[str, t.Any]
+    #: Whether :data:`_SAVEPOINT` stands right before the last statement.
+    has_savepoint: bool = False
 
 
 _NOTHING = _SetNow({}, {})
@@ -107,7 +121,11 @@ class PostgreSQL(Generic):
                     run(dbapi_connection, f"SET SESSION {name} = {value}")
 
     def limit(
-        self, connection: PoolProxiedConnection, limits: Limits | None, usual: Limits
+        self,
+        connection: PoolProxiedConnection,
+        limits: Limits | None,
+        usual: Limits,
+        statement: str = "",
     ) -> None:
         dbapi_connection = t.cast(t.Any, connection.dbapi_connection)
         status = int(dbapi_connection.info.transaction_status)
@@ -115,25 +133,48 @@ class PostgreSQL(Generic):
             return  # the next statement can only be a ROLLBACK
         # A ROLLBACK would take back what a transaction has set for the session.
         is_local = not dbapi_connection.autocommit
-        for_session, set_now = connection.info.get(_SET_NOW, _NOTHING)
+        for_session, set_now, _ = connection.info.get(_SET_NOW, _NOTHING)
         if status == _IDLE:
             set_now = for_session  # the transaction that had others is over
         wanted = {} if limits is None else _variables(limits)
-        connection.info[_SET_NOW] = _SetNow(for_session if is_local else wanted, wanted)
-        if wanted == set_now:
-            return
+        needs_savepoint = (
+            bool(wanted) and status == _IN_TRANSACTION and _READ.match(statement) is not None
+        )
+        connection.info[_SET_NOW] = _SetNow(
+            for_session if is_local else wanted, wanted, needs_savepoint
+        )
+        commands = [f"SAVEPOINT {_SAVEPOINT}"] if needs_savepoint else []
         before = {name: value for name, value in _variables(usual).items() if name in set_now}
         values = {**dict.fromkeys(set_now), **before, **wanted}
-        settings = ", ".join(
-            f"set_config('{name}', {'NULL' if value is None else repr(str(value))}, {is_local})"
-            for name, value in values.items()
-        )
-        with uncounted(dbapi_connection):
-            run(dbapi_connection, f"SELECT {settings}")
+        if wanted != set_now:
+            commands.append(_set(values, is_local))
+        if commands:
+            with uncounted(dbapi_connection):
+                run(dbapi_connection, "; ".join(commands))
 
-    def leave_failed_transaction(self, dbapi_connection: t.Any) -> None:
-        info = getattr(dbapi_connection, "info", None)
-        if info is not None and int(info.transaction_status) == _IN_ERROR:
+    def renew_limits(self, entry: t.Any, limits: Limits | None, usual: Limits) -> None:
+        for_session, *_ = entry.info.pop(_SET_NOW, _NOTHING)
+        wanted = {} if limits is None else _variables(limits)
+        if for_session == wanted:
+            entry.info[_SET_NOW] = _SetNow(for_session, wanted)
+        elif for_session:
+            usually = _variables(usual)
+            values = {name: usually.get(name) for name in for_session}
+            with outside_transaction(entry.dbapi_connection):
+                run(entry.dbapi_connection, _set(values, is_local=False))
+
+    def leave_failed_transaction(self, connection: PoolProxiedConnection) -> None:
+        dbapi_connection = t.cast(t.Any, connection.dbapi_connection)
+        if int(dbapi_connection.info.transaction_status) != _IN_ERROR:
+            return
+        set_now = connection.info.get(_SET_NOW, _NOTHING)
+        if set_now.has_savepoint:
+            with uncounted(dbapi_connection):
+                run(dbapi_connection, f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
+            connection.info[_SET_NOW] = set_now._replace(transaction=_UNKNOWN)
+        elif self.uses(dbapi_connection) == 1:
+            # It was alone in its transaction. Else what a function, a flush or a listener has done
+            # or set before would be lost without a word.
             dbapi_connection.rollback()
 
     def hold_read_only(self, dbapi_connection: DBAPIConnection) -> None:
@@ -171,10 +212,19 @@ def _state(error: t.Any) -> t.Any:
     return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
 
 
+def _set(values: t.Mapping[str, t.Any], is_local: bool) -> str:
+    """For the transaction or the session; ``None`` is what is usual for the server."""
+    settings = ", ".join(
+        f"set_config('{name}', {'NULL' if value is None else repr(str(value))}, {is_local})"
+        for name, value in values.items()
+    )
+    return f"SELECT {settings}"
+
+
 def _variables(limits: Limits) -> dict[str, t.Any]:
     variables = {"statement_timeout": limits.statement, "lock_timeout": limits.lock}
     return {
-        name: math.ceil(seconds * 1000)
+        name: min(math.ceil(seconds * 1000), _LONGEST)
         for name, seconds in variables.items()
         if seconds is not None
     }

@@ -16,6 +16,8 @@ import typing as t
 
 from .frugal import Frugal
 from .generic import PING_TIMEOUT
+from .generic import is_readable
+from .packets import read_result
 
 #: The files in PyMySQL's TLS options.
 _TLS_FILES = ("ca", "capath", "cert", "key")
@@ -26,6 +28,7 @@ def connection_class() -> type[t.Any]:
     """A PyMySQL connection that knows what it has sent, and waits for no server without end."""
     from pymysql.connections import Connection as PyMySQLConnection
     from pymysql.constants.COMMAND import COM_PING
+    from pymysql.constants.COMMAND import COM_QUERY
 
     # The private parts that are used have no types.
     base: t.Any = PyMySQLConnection
@@ -43,8 +46,14 @@ def connection_class() -> type[t.Any]:
                 super().connect(sock)
 
         def ping(self, reconnect: bool = False) -> None:
-            with self._answered_within(min(PING_TIMEOUT, self.connect_timeout or PING_TIMEOUT)):
+            with self._answered_within(self._ping_timeout):
                 super().ping(reconnect)
+
+        def close(self) -> None:
+            with contextlib.suppress(Exception):  # unread, it would be a reset for the server
+                if self.owes_answer and is_readable(self.fileno()):
+                    self.read_answer()
+            super().close()
 
         @property
         def is_mariadb(self) -> bool:
@@ -63,6 +72,20 @@ def connection_class() -> type[t.Any]:
             finally:
                 self._read_timeout = read_timeout
 
+        def cut(self) -> None:
+            self._force_close()
+
+        def _send_rollback(self) -> None:
+            self._execute_command(COM_QUERY, "ROLLBACK")
+
+        def _read_answer(self) -> None:
+            with self._answered_within(self._ping_timeout):
+                self._read_ok_packet()
+
+        @property
+        def _ping_timeout(self) -> float:
+            return min(PING_TIMEOUT, self.connect_timeout or PING_TIMEOUT)
+
         def _create_ssl_ctx(self, sslp: t.Any) -> ssl.SSLContext:
             """A new one for each connection, as PyMySQL has it, takes over 20 ms to make."""
             if isinstance(sslp, ssl.SSLContext):
@@ -79,13 +102,21 @@ def connection_class() -> type[t.Any]:
             # An unbuffered result would go on reading from the socket that is closed here.
             if self._result is not None:
                 self._result.unbuffered_active = False
+            self.owes_answer = False
             super()._force_close()
 
         def _execute_command(self, command: int, sql: str | bytes) -> None:
             if command != COM_PING:
                 self.nothing_pending = False
                 self.uses += 1
+            if self.owes_answer:
+                self.read_answer()
             super()._execute_command(command, sql)
+
+        def _read_query_result(self, unbuffered: bool = False) -> t.Any:
+            if unbuffered:
+                return super()._read_query_result(unbuffered)
+            return read_result(self)
 
     return Connection
 

@@ -65,22 +65,25 @@ class SQLite(Generic):
         return str(error) == "interrupted"
 
     def limit(
-        self, connection: PoolProxiedConnection, limits: Limits | None, usual: Limits
+        self,
+        connection: PoolProxiedConnection,
+        limits: Limits | None,
+        usual: Limits,
+        statement: str = "",
     ) -> None:
         dbapi_connection = t.cast(t.Any, connection.dbapi_connection)
-        statement = usual.statement
-        lock = usual.lock
+        seconds, lock = usual
         if limits is not None:
-            statement = statement if limits.statement is None else limits.statement
+            seconds = seconds if limits.statement is None else limits.statement
             lock = lock if limits.lock is None else limits.lock
-        if statement:
-            deadline = time.monotonic() + statement
+        if seconds:
+            deadline = time.monotonic() + seconds
             dbapi_connection.set_progress_handler(lambda: time.monotonic() > deadline, _STEPS)
         else:
             dbapi_connection.set_progress_handler(None, 0)
         if lock != connection.info.get(_LOCK_LIMIT, usual.lock):
-            seconds = _USUAL_LOCK_LIMIT if lock is None else lock
-            run(dbapi_connection, f"PRAGMA busy_timeout = {math.ceil(seconds * 1000)}")
+            wait = _USUAL_LOCK_LIMIT if lock is None else lock
+            run(dbapi_connection, f"PRAGMA busy_timeout = {math.ceil(wait * 1000)}")
             connection.info[_LOCK_LIMIT] = lock
 
     def is_left_open(self, dbapi_connection: DBAPIConnection) -> bool:
