@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from .drivers import DRIVERS
+from .drivers import Wired
 from .proxy import Proxy
 from .servers import ClusterT
 from .servers import Database
@@ -29,6 +31,7 @@ if t.TYPE_CHECKING:
     import collections.abc as c
 
     MakeProxy = c.Callable[..., Proxy]
+    MakeWired = c.Callable[..., Wired]
 
 _numbers = itertools.count(1)
 
@@ -107,6 +110,20 @@ def proxy() -> c.Iterator[MakeProxy]:
     """A function that puts a proxy before a port: `proxy(port)`, or `proxy(port, None)`."""
     with contextlib.ExitStack() as stack:
         yield lambda *args: stack.enter_context(Proxy(*args))
+
+
+@pytest.fixture(params=DRIVERS)
+def make_wired(request: pytest.FixtureRequest) -> c.Iterator[MakeWired]:
+    """A function that makes the app, once for each driver."""
+    made: list[Wired] = []
+
+    def make(**config: t.Any) -> Wired:
+        made.append(Wired(request, request.param, **config))
+        return made[-1]
+
+    yield make
+    for wired in made:
+        wired.dispose()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ from flask_commondb.dialects import pymysql
 
 from .apps import Lab
 from .drivers import BINDS
-from .drivers import DRIVERS
 from .drivers import Wired
 from .servers import wait_until
 
@@ -25,26 +24,9 @@ LOST = r"(?i)lost connection|gone away|terminat|closed|refused"
 ALL_FINE = [200] * 2 * len(BINDS)
 
 if t.TYPE_CHECKING:
-    import collections.abc as c
-
+    from .conftest import MakeWired
     from .servers import Database
     from .servers import MariaDBCluster
-
-    MakeWired = c.Callable[..., Wired]
-
-
-@pytest.fixture(params=DRIVERS)
-def make_wired(request: pytest.FixtureRequest) -> c.Iterator[MakeWired]:
-    """A function that makes the app, once for each driver."""
-    made: list[Wired] = []
-
-    def make(**config: t.Any) -> Wired:
-        made.append(Wired(request, request.param, **config))
-        return made[-1]
-
-    yield make
-    for wired in made:
-        wired.dispose()
 
 
 # All that is idle is dead ---------------------------------------------------------------------

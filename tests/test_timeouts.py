@@ -22,17 +22,14 @@ from flask_commondb.errors import UnknownBindError
 from .apps import Lab
 from .apps import lab_with_orders
 from .drivers import BINDS
-from .drivers import DRIVERS
 from .drivers import Wired
 
 if t.TYPE_CHECKING:
-    import collections.abc as c
     from pathlib import Path
 
+    from .conftest import MakeWired
     from .servers import Database
     from .servers import MariaDBCluster
-
-    MakeWired = c.Callable[..., Wired]
 
 #: How to ask which connection it is, and to stop what another one does.
 OWN_NUMBER = {"mysql": "SELECT CONNECTION_ID()", "postgresql": "SELECT pg_backend_pid()"}
@@ -43,20 +40,6 @@ ENDLESS_JOIN = "SELECT COUNT(*) FROM " + ", ".join(
 )
 
 SLEEP = {"mysql": "SELECT SLEEP({})", "postgresql": "SELECT pg_sleep({})"}
-
-
-@pytest.fixture(params=DRIVERS)
-def make_wired(request: pytest.FixtureRequest) -> c.Iterator[MakeWired]:
-    """A function that makes the app, once for each driver."""
-    made: list[Wired] = []
-
-    def make(**config: t.Any) -> Wired:
-        made.append(Wired(request, request.param, **config))
-        return made[-1]
-
-    yield make
-    for wired in made:
-        wired.dispose()
 
 
 def sleep(wired: Wired, seconds: float) -> sa.TextClause:
