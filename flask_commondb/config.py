@@ -15,16 +15,16 @@ import typing as t
 
 import sqlalchemy as sa
 
+from .capabilities import have_same_driver
 from .dialects import FAMILIES
 from .errors import ConfigError
-from .options import Layer
-from .options import Sources
 from .options import check_defaults
 from .options import check_for_all
-from .options import have_same_driver
 from .options import nearest
-from .options import reaching
 from .options import resolve
+from .sources import Layer
+from .sources import Sources
+from .sources import reaching
 
 #: ``COMMONDB_ROUTING``: by the request's method, or only inside explicit scopes.
 ROUTINGS = ("auto", "explicit")

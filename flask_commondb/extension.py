@@ -37,7 +37,6 @@ from .holders import PoolStatus
 from .holders import status
 from .holders import tell_when_exhausted
 from .jobs import JobExecutor
-from .options import Sources
 from .options import resolve
 from .procedures import ProcedureResult
 from .replicas import Replica
@@ -55,6 +54,7 @@ from .sessions import Sessions
 from .sessions import close_all
 from .sessions import close_scoped
 from .sessions import current_context
+from .sources import Sources
 from .statements import Reader
 from .streams import Stream
 from .streams import open_stream

@@ -20,8 +20,9 @@ from flask_commondb import errors
 LAYERS = (
     {"errors", "signals"},
     {"commits", "dialects", "forks", "holders", "identities", "keeping", "statements"},
-    {"liveness", "options", "scopes"},
-    {"executing"},
+    {"capabilities", "liveness", "scopes"},
+    {"executing", "sources"},
+    {"options"},
     {"config", "pools", "replicas", "procedures"},
     {"routing"},
     {"closing", "transactions"},

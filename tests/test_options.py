@@ -1367,3 +1367,52 @@ def test_limits_on_postgresql(postgresql_database: Database[PostgreSQLCluster]) 
         seen = [connection.scalar(sa.text(f"SHOW {n}_timeout")) for n in ("statement", "lock")]
     assert seen == ["2500ms", "20s"]
     engine.dispose()
+
+
+# One driver, one replica ----------------------------------------------------------------------
+
+
+def test_defaults_of_one_driver() -> None:
+    """The defaults under the name of a driver are for that one, and go before its server's."""
+    lab_app = Flask("drivers")
+    lab_app.config["SQLALCHEMY_DATABASE_URI"] = "mysql+pymysql://h/app"
+    lab_app.config["SQLALCHEMY_BINDS"] = {
+        "fast": "mysql+mysqldb://h/app",
+        "maria": "mariadb+pymysql://h/app",
+    }
+    lab_app.config["COMMONDB_ENGINE_DEFAULTS"] = {
+        "pool_size": 6,
+        "mysql": {"pool_size": 7},
+        "mysql+pymysql": {"pool_size": 8},
+        "mariadb+pymysql": {"pool_size": 9},
+    }
+    db = CommonDB(lab_app)
+    with lab_app.app_context():
+        sizes = {
+            key: t.cast(sa.QueuePool, engine.pool).size() for key, engine in db.engines.items()
+        }
+    assert sizes == {None: 8, "fast": 7, "maria": 9}
+
+
+def test_url_of_a_replica() -> None:
+    """What a replica's own URL says to the driver goes before what it inherits."""
+    lab_app = Flask("replicas")
+    lab_app.config["SQLALCHEMY_DATABASE_URI"] = "mysql+pymysql://h/app"
+    lab_app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {"connect_args": {"connect_timeout": 5}}
+    lab_app.config["COMMONDB_REPLICAS"] = [
+        "mysql+pymysql://a/app?connect_timeout=8",
+        "mysql+pymysql://b/app",
+    ]
+    db = CommonDB(lab_app)
+    seen: list[t.Any] = []
+
+    def refuse(dialect: object, entry: object, args: object, kwargs: dict[str, t.Any]) -> None:
+        seen.append(kwargs["connect_timeout"])
+        raise ConnectionRefusedError
+
+    with lab_app.app_context():
+        for engine in db.replica_engines[None]:
+            sa.event.listen(engine, "do_connect", refuse)
+            with pytest.raises(ConnectionRefusedError, match=""):
+                engine.connect()
+    assert seen == [8, 5]
