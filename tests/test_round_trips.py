@@ -413,10 +413,11 @@ def test_end_of_a_write_is_waited_for(wire: Wire, driver: str) -> None:
     lab.dispose()
 
 
-def test_closed_with_an_answer_to_come(wire: Wire) -> None:
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_closed_with_an_answer_to_come(wire: Wire, driver: str) -> None:
     """A pool that is disposed of says farewell, whether or not the answer has come."""
     (proxy, *_) = wire.proxies
-    lab = _lab_on(wire, DRIVERS[0])
+    lab = _lab_on(wire, driver)
     for has_come in (True, False):
         used = _read_only(lab)
         if not has_come:

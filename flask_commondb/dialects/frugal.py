@@ -8,6 +8,7 @@ Must not: know of engines, pools, SQLAlchemy, or one of the drivers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -15,6 +16,7 @@ import typing as t
 
 from .generic import CurrentLimits
 from .generic import Limits
+from .generic import is_readable
 
 
 def mariadb_variables(limits: Limits) -> dict[str, float]:
@@ -94,12 +96,22 @@ class Frugal:
         """Read the answer to :meth:`send_rollback`, which has long been there as a rule."""
         if self.owes_answer:
             try:
+                self.owes_answer = False
                 self._read_answer()
             except BaseException:
                 self.cut()
                 raise
-            finally:
-                self.owes_answer = False
+
+    def close(self) -> None:
+        """Say farewell; an answer that was left unread would make it a reset for the server."""
+        with contextlib.suppress(Exception):
+            if self.owes_answer and is_readable(self.fileno()):
+                self.read_answer()
+        super().close()  # type: ignore[misc]
+
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return int(super().fileno())  # type: ignore[misc]
 
     def cut(self) -> None:
         """Close it without a word to the server."""

@@ -16,7 +16,6 @@ import typing as t
 
 from .frugal import Frugal
 from .generic import PING_TIMEOUT
-from .generic import is_readable
 from .packets import read_result
 
 #: The files in PyMySQL's TLS options.
@@ -48,12 +47,6 @@ def connection_class() -> type[t.Any]:
         def ping(self, reconnect: bool = False) -> None:
             with self._answered_within(self._ping_timeout):
                 super().ping(reconnect)
-
-        def close(self) -> None:
-            with contextlib.suppress(Exception):  # unread, it would be a reset for the server
-                if self.owes_answer and is_readable(self.fileno()):
-                    self.read_answer()
-            super().close()
 
         @property
         def is_mariadb(self) -> bool:
@@ -127,5 +120,6 @@ def _what_tls_is_made_of(options: t.Mapping[str, t.Any]) -> t.Any:
     changed = []
     for file in files:
         with contextlib.suppress(OSError):  # PyMySQL will say so
-            changed.append(os.stat(file).st_mtime_ns)
+            status = os.stat(file)
+            changed.append((status.st_ino, status.st_mtime_ns, status.st_ctime_ns))
     return repr(sorted(options.items())), tuple(changed)
