@@ -157,18 +157,18 @@ def checked_limits(statement: float | None, lock: float | None) -> Limits:
     """
     if statement is None and lock is None:
         raise ValueError("A time limit needs seconds: for a statement, for a lock, or for both.")
-    if statement is not None and not _is_seconds(statement, least=0):
+    if statement is not None and not _is_seconds(statement):
         raise ValueError(
             f"A statement's limit is a number of seconds, or 0 for none: {statement!r}"
         )
-    if lock is not None and (not _is_seconds(lock, least=0) or lock == 0):
+    if lock is not None and (not _is_seconds(lock) or lock == 0):
         raise ValueError(f"A lock's limit is a number of seconds above 0: {lock!r}")
     return Limits(statement, lock)
 
 
-def _is_seconds(value: t.Any, least: float) -> bool:
+def _is_seconds(value: t.Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and least <= value < math.inf
+    return is_number and 0 <= value < math.inf
 
 
 def time_limits(db: CommonDB, bind_key: str | None) -> Limits | None:
