@@ -112,10 +112,12 @@ class KeepsApart(sa_orm.Session):
     def _adopt_new_objects(self) -> None:
         """Have new objects that belong to a foreign one be written where that one is."""
         for instance in list(self):
-            token = sa.inspect(instance).identity_token
+            # The types say what this is in SQLAlchemy 2.1 only.
+            instance_state: t.Any = sa.inspect(instance)
+            token = instance_state.identity_token
             if isinstance(token, ForeignBind):
-                mapper = sa.inspect(type(instance))
-                for *_, state, _ in mapper.cascade_iterator("save-update", sa.inspect(instance)):
+                mapper: t.Any = instance_state.mapper
+                for *_, state, _ in mapper.cascade_iterator("save-update", instance_state):
                     if state.key is None:
                         state.identity_token = token
         for instance in self.new:

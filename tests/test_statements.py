@@ -233,7 +233,9 @@ OWNED: dict[str, t.Callable[[Models], t.Any]] = {
     "Query": lambda m: so.Query(m.Node).filter(m.Node.id == 1).statement,
     "Query of columns": lambda m: so.Query([m.Node.id, m.Leaf.id]).statement,
     "Query with a subquery": lambda m: so.Query(so.Query(m.Node).subquery()).statement,
-    "Query of a text": lambda m: so.Query(m.Node).from_statement(sa.text("SELECT 1")).statement,
+    "Query of a text": lambda m: (
+        t.cast(t.Any, so.Query(m.Node)).from_statement(sa.text("SELECT 1")).statement
+    ),
     "text into entities": lambda m: sa.select(m.Node).from_statement(sa.text("SELECT 1")),
     "text into columns": lambda m: sa.text("SELECT 1").columns(m.Node.id),
     "text in a where": lambda m: sa.select(m.Node).where(sa.text("1 = 1")),
