@@ -253,6 +253,24 @@ def test_replica(request: pytest.FixtureRequest, driver: str) -> None:
     with_replica.dispose()
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_replica_is_kept(request: pytest.FixtureRequest, driver: str) -> None:
+    """Reads on a replica take turns on one connection, also with a driver that shows no status."""
+    name, fixture = DRIVERS[driver]
+    replica = request.getfixturevalue(fixture).replica_urls[0].partition("://")[2]
+    wired = Wired(request, driver, COMMONDB_REPLICAS=[f"{name}://{replica}"])
+    wired.database.sync()
+    connects: list[object] = []
+    for (engine,) in db_replicas(wired):
+        sa.event.listen(engine, "connect", lambda *event: connects.append(event))
+    for _ in range(5):
+        assert wired.client.get("/None").text == "0"
+    assert len(connects) == 1
+    for (engine,) in db_replicas(wired):
+        engine.dispose()
+    wired.dispose()
+
+
 def db_replicas(wired: Wired) -> t.Iterable[t.Sequence[sa.Engine]]:
     with wired.app.app_context():
         return list(wired.db.replica_engines.values())

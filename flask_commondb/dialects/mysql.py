@@ -171,6 +171,11 @@ class MySQL(Generic):
             for (_, parameter), value in zip(wanted, row, strict=True)
         }
 
+    def begin_use(self, dbapi_connection: t.Any) -> None:
+        super().begin_use(dbapi_connection)
+        if isinstance(dbapi_connection, Frugal):
+            dbapi_connection.may_have_begun = False  # what has set it up is no transaction
+
     def was_sent(self, error: t.Any, cursor: t.Any) -> bool:
         return not error.args or error.args[0] not in _NOT_SENT
 
