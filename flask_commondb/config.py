@@ -102,14 +102,6 @@ def load(config: t.MutableMapping[str, t.Any], engine_options: t.Mapping[str, t.
     return Config(replicas, routing, names, leak_watch, sources)
 
 
-def server_name(url: sa.URL) -> str:
-    """What a server is called in logs, signals and pages: no user, no password, no query."""
-    if url.host:
-        host = url.host.rpartition("@")[2]  # of a password with an "@" that was not quoted
-        return f"{host}:{url.port}" if url.port else host
-    return (url.database or ":memory:").rpartition("/")[2]
-
-
 _KNOWN = (
     "COMMONDB_REPLICAS",
     "COMMONDB_ROUTING",

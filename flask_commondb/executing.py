@@ -20,6 +20,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.pool import PoolProxiedConnection
 
 from . import liveness
+from .dialects import NO_LIMITS
 from .dialects import CurrentLimits
 from .dialects import Generic
 from .dialects import Limits
@@ -32,7 +33,6 @@ class Executor:
     :param dialect: of its server.
     :param bind_key: the bind that it belongs to.
     :param limits: what the caller allows to a statement at the moment.
-    :param usual: what the bind's settings allow.
     :param is_primary: whether its server is written to.
     """
 
@@ -41,16 +41,14 @@ class Executor:
         dialect: Generic,
         bind_key: str | None,
         limits: CurrentLimits,
-        usual: Limits,
         is_primary: bool,
     ) -> None:
         self._dialect = dialect
         self._bind_key = bind_key
         self._limits = limits
-        self._usual = usual
         self._is_primary = is_primary
         #: Whether there may be a connection with limits that are not the usual ones.
-        self._has_limited = dialect.is_local and usual.statement is not None
+        self._has_limited = dialect.is_local and dialect.usual.statement is not None
         #: Whether SQLAlchemy has asked the server all that it wants to know at first connect. It
         #: does so on a connection that is not its pool's yet.
         self._is_initialized = False
@@ -61,8 +59,7 @@ class Executor:
         @sa.event.listens_for(engine, "connect")
         def connect(dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
             self._is_initialized = True
-            if self._usual != Limits():
-                self._dialect.set_limits(dbapi_connection, self._usual)
+            self._dialect.set_limits(dbapi_connection)
 
         @sa.event.listens_for(engine, "checkout")
         def checkout(
@@ -70,7 +67,7 @@ class Executor:
         ) -> None:
             if self._has_limited:  # a raw cursor would not ask
                 try:
-                    self._dialect.renew_limits(entry, self._limits(), self._usual)
+                    self._dialect.renew_limits(entry, self._limits())
                 except engine.dialect.loaded_dbapi.Error as error:
                     raise sa.exc.DisconnectionError(str(error)) from error
 
@@ -84,7 +81,7 @@ class Executor:
         """Give what a raw cursor will send the limits of this moment."""
         limits = self._limits()
         if limits is not None or self._has_limited:
-            self._limit(connection, limits)
+            self._limit(connection, limits, "")
 
     def is_demoted(self, error: BaseException, dbapi_connection: t.Any) -> bool:
         """Whether the driver's error says that the server was a primary, and is none any more."""
@@ -116,11 +113,9 @@ class Executor:
                     fresh.close()
                 raise
 
-    def _limit(
-        self, connection: PoolProxiedConnection, limits: Limits | None, statement: str = ""
-    ) -> None:
+    def _limit(self, connection: PoolProxiedConnection, limits: Limits | None, sql: str) -> None:
         self._has_limited = True
-        self._dialect.limit(connection, limits, self._usual, statement)
+        self._dialect.limit(connection, limits, sql)
 
     def _handle_error(self, context: sa.engine.ExceptionContext) -> Exception | None:
         error = context.original_exception
@@ -135,6 +130,6 @@ class Executor:
             return None
         if connection is not None and not connection.invalidated:
             self._dialect.leave_failed_transaction(connection.connection)
-        limits = self._limits() or Limits()
-        limit = self._usual.statement if limits.statement is None else limits.statement
+        limits = self._limits() or NO_LIMITS
+        limit = self._dialect.usual.statement if limits.statement is None else limits.statement
         return StatementTimeout(context.sqlalchemy_exception, self._bind_key, limit)

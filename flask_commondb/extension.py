@@ -29,6 +29,7 @@ from flask_sqlalchemy.session import Session as UpstreamSession
 
 from . import config
 from . import jobs
+from . import liveness
 from . import pools
 from .errors import UnknownBindError
 from .holders import LeakWatch
@@ -37,6 +38,7 @@ from .holders import PoolStatus
 from .holders import status
 from .holders import tell_when_exhausted
 from .jobs import JobExecutor
+from .naming import server_name
 from .options import resolve
 from .procedures import ProcedureResult
 from .replicas import Replica
@@ -394,7 +396,7 @@ class CommonDB(SQLAlchemy):
     def __repr__(self) -> str:
         if not has_app_context():
             return f"<{type(self).__name__}>"
-        names = [config.server_name(engine.engine.url) for engine in self.engines.values()]
+        names = [server_name(engine.engine.url) for engine in self.engines.values()]
         return f"<{type(self).__name__} {', '.join(names)}>"
 
     def _make_scoped_session(self, options: dict[str, t.Any]) -> SessionProxy:
@@ -437,7 +439,7 @@ class CommonDB(SQLAlchemy):
         if replicas:
             self._routers[app].add(
                 bind_key,
-                config.server_name(engine.url),
+                server_name(engine.url),
                 [self._make_replica(bind_key, sources, replica, app) for replica in replicas],
             )
         return engine
@@ -458,7 +460,7 @@ class CommonDB(SQLAlchemy):
         engine = super()._make_engine(bind_key, options, app)
         limits = functools.partial(time_limits, self, bind_key)
         pools.prepare_replica(engine, settings, bind_key, limits)
-        name = config.server_name(replica.url)
+        name = server_name(replica.url)
         return Replica(bind_key, name, engine, replica.weight, pools.streaming(engine))
 
     def _apply_driver_defaults(self, options: dict[str, t.Any], app: Flask) -> None:
@@ -517,7 +519,7 @@ class CommonDB(SQLAlchemy):
         router = self._routers[app]
         for engine, bind_key, _, name in router.servers():
             # One connection for all is taken twice, never lacking, and may be the database itself.
-            if not pools.is_shared(engine):
+            if not liveness.is_shared(engine.pool):
                 router.watch.watch(engine, bind_key, name)
             tell_when_exhausted(engine, router.watch, bind_key, name)
 

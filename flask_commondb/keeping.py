@@ -26,6 +26,8 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.pool.base import _ConnectionRecord
 
+from .naming import server_name
+
 #: Seconds of silence after which a connection that is kept is pinged: less than any sensible
 #: ``wait_timeout`` of a server, and than the memory of firewalls.
 KEEPALIVE = 30.0
@@ -123,7 +125,7 @@ class _Kept:
         clock: t.Callable[[], float],
     ) -> None:
         self._engine = weakref.ref(engine)
-        self._server = _server_name(engine.url)
+        self._server = server_name(engine.url)
         self._answers = answers
         self._min_size = min_size
         self._max_idle = math.inf if max_idle is None else max_idle
@@ -284,11 +286,6 @@ class _Kept:
         if self._failures:
             self._failures = 0
             _logger.info("The idle connections of %s are looked after again.", self._server)
-
-
-def _server_name(url: sa.URL) -> str:
-    host = (url.host or url.get_backend_name()).rpartition("@")[2]  # of a password not quoted
-    return f"{host}:{url.port}" if url.port else host
 
 
 class _Slots:

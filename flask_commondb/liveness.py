@@ -27,12 +27,7 @@ _logger = logging.getLogger("flask_commondb")
 AT_ONCE = 1.0
 
 
-def look_at_checkout(
-    engine: sa.Engine,
-    dialect: Generic,
-    ping_after: float | None,
-    clock: t.Callable[[], float] = time.monotonic,
-) -> None:
+def look_at_checkout(engine: sa.Engine, dialect: Generic, ping_after: float | None) -> None:
     """Have the pool hand out no connection that is known to be dead.
 
     Each is looked at, which costs no round trip: what the server has closed can be read from, what
@@ -40,14 +35,13 @@ def look_at_checkout(
     long is pinged; when it fails, all others that are idle go as well.
 
     :param ping_after: seconds; ``None`` for no ping.
-    :param clock: returns seconds that only ever grow.
     """
 
     @sa.event.listens_for(engine, "checkin")
     def checkin(dbapi_connection: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
         if dbapi_connection is None:
             return
-        entry.info[_IDLE_SINCE] = clock()
+        entry.info[_IDLE_SINCE] = time.monotonic()
         # A raw cursor or a procedure that switches autocommit must not do so for the next user.
         # SQLAlchemy has undone its own changes by now.
         autocommit = dialect.is_autocommit(dbapi_connection)
@@ -56,7 +50,8 @@ def look_at_checkout(
 
     @sa.event.listens_for(engine, "connect")
     def connect(dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
-        entry.info[_IDLE_SINCE] = clock()  # made in the background, it may wait for its first use
+        # Made in the background, it may wait for its first use.
+        entry.info[_IDLE_SINCE] = time.monotonic()
         entry.info[_AUTOCOMMIT] = dialect.is_autocommit(dbapi_connection)
 
     @sa.event.listens_for(engine, "checkout")
@@ -69,7 +64,7 @@ def look_at_checkout(
         if (
             ping_after is not None
             and idle_since is not None
-            and clock() - idle_since > ping_after
+            and time.monotonic() - idle_since > ping_after
             and not dialect.answers(dbapi_connection)
         ):
             raise sa.exc.InvalidatePoolError("The server does not answer on this connection.")
@@ -94,6 +89,11 @@ def stay_below_idle_limit(engine: sa.Engine, dialect: Generic) -> None:
         if limit is not None:
             lifetime = limit - max(min(1.0, limit / 2), limit / 10)
             pool._recycle = lifetime if pool._recycle < 0 else min(lifetime, pool._recycle)
+
+
+def is_shared(pool: sa.Pool) -> bool:
+    """Whether all users of a thread, or of the process, have the same connection."""
+    return isinstance(pool, (sa.StaticPool, sa.pool.SingletonThreadPool))
 
 
 def replacement(
@@ -127,7 +127,7 @@ def replacement(
         or entry.finalize_callback  # has an isolation level of its own, say
         or dialect.uses(proxied.dbapi_connection) not in (0, 1)
         or not context.dialect.is_disconnect(error, proxied, cursor)
-        or isinstance(proxied._pool, (sa.StaticPool, sa.pool.SingletonThreadPool))  # others use it
+        or is_shared(proxied._pool)  # others are in the middle of something
         or isinstance(context.root_connection.get_transaction(), sa.TwoPhaseTransaction)
         or (
             dialect.was_sent(error, cursor)

@@ -1,7 +1,7 @@
 """What happens to a connection between the server and a session.
 
-Owns: the listeners on an engine's pool: a free look whether the server has hung up, and replica
-connections that are read-only and do no I/O when a session ends.
+Owns: what is set up on an engine, replica connections that are read-only and do no I/O when a
+session ends, and the driver's connection under one that is checked out.
 
 Must not: choose a server, or know of sessions.
 """
@@ -86,17 +86,10 @@ def prepare_replica(
 
 def is_usable(connection: sa.Connection) -> bool:
     """Whether a connection that is checked out can take another statement. No round trip."""
-    if connection.closed or connection.invalidated:
-        return False
-    dbapi_connection = connection.connection.dbapi_connection
+    dbapi_connection = _drivers_own(connection)
     return dbapi_connection is not None and not dialect_for(connection.engine).is_dead(
         dbapi_connection
     )
-
-
-def is_shared(engine: sa.Engine) -> bool:
-    """Whether all users of a thread, or of the process, have the same connection."""
-    return isinstance(engine.pool, (sa.StaticPool, sa.pool.SingletonThreadPool))
 
 
 def refuse_without_twophase(engine: sa.Engine, bind_key: str | None) -> None:
@@ -142,10 +135,10 @@ def end_read(connection: sa.Connection) -> None:
 
     It is of no interest now. That the connection is lost is found out when it leaves its pool.
     """
-    if connection.closed or connection.invalidated:
+    dbapi_connection = _drivers_own(connection)
+    if dbapi_connection is None:
         return
-    proxied: t.Any = connection.connection
-    entry = proxied._connection_record
+    entry = t.cast(t.Any, connection.connection)._connection_record
     if (
         entry is None
         or entry.finalize_callback  # sends something before it goes back
@@ -153,18 +146,14 @@ def end_read(connection: sa.Connection) -> None:
         or isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
     ):
         return
-    dbapi_connection = proxied.dbapi_connection
-    if dbapi_connection is not None:
-        driver_error = connection.dialect.loaded_dbapi.Error
-        with contextlib.suppress(driver_error):  # the session's own rollback will say so
-            dialect_for(connection.engine).end_read(dbapi_connection)
+    driver_error = connection.dialect.loaded_dbapi.Error
+    with contextlib.suppress(driver_error):  # the session's own rollback will say so
+        dialect_for(connection.engine).end_read(dbapi_connection)
 
 
 def is_reading(connection: sa.Connection) -> bool:
     """Whether a connection that is checked out still has rows on their way. No round trip."""
-    if connection.closed or connection.invalidated:
-        return False
-    dbapi_connection = connection.connection.dbapi_connection
+    dbapi_connection = _drivers_own(connection)
     return dbapi_connection is not None and dialect_for(connection.engine).is_reading(
         dbapi_connection
     )
@@ -263,11 +252,10 @@ def _prepare(
     *,
     is_primary: bool,
 ) -> Generic:
-    dialect = dialect_for(engine)
+    dialect = dialect_for(engine, Limits(settings.statement_timeout, settings.lock_timeout))
     dialect.install(engine, limits)
     forks.guard(engine, is_local=dialect.is_local)
-    usual = Limits(settings.statement_timeout, settings.lock_timeout)
-    executor = Executor(dialect, bind_key, limits, usual, is_primary)
+    executor = Executor(dialect, bind_key, limits, is_primary)
     executor.install(engine)
     _executors[engine.dialect] = weakref.ref(executor)
     keeping.keep(
@@ -282,6 +270,13 @@ def _prepare(
         if not settings.recycle_is_given:
             liveness.stay_below_idle_limit(engine, dialect)
     return dialect
+
+
+def _drivers_own(connection: sa.Connection) -> DBAPIConnection | None:
+    """The driver's connection, if there is still one that is ours."""
+    if connection.closed or connection.invalidated:
+        return None
+    return connection.connection.dbapi_connection
 
 
 def _nothing(dbapi_connection: DBAPIConnection) -> None:

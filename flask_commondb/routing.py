@@ -40,12 +40,12 @@ from . import signals
 from .commits import Place
 from .commits import abandon
 from .commits import commit_in_order
-from .config import server_name
 from .errors import UnknownBindError
 from .errors import WrongBindError
 from .holders import NoWatch
 from .identities import ForeignBind
 from .identities import KeepsApart
+from .naming import server_name
 from .replicas import PAUSE
 from .replicas import Replica
 from .replicas import ReplicaSet

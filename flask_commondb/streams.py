@@ -21,6 +21,7 @@ from flask import Response
 from flask import after_this_request
 from flask import has_request_context
 
+from . import liveness
 from . import pools
 from .closing import close_session
 from .routing import RoutingSession
@@ -119,7 +120,7 @@ def open_stream(
         raise TypeError(_WRITES)
     held = Held(session, open_ones)
     try:
-        if pools.is_shared(session.primary_of(statement)):
+        if liveness.is_shared(session.primary_of(statement).pool):
             # The end of a transaction of its own would be the end of the unit's.
             rows = _read_at_once(unit(), statement, params)
         else:

@@ -18,7 +18,7 @@ from flask_commondb import errors
 
 #: Lowest first. A module imports from lower layers only, never from its own.
 LAYERS = (
-    {"errors", "signals"},
+    {"errors", "naming", "signals"},
     {"commits", "dialects", "forks", "holders", "identities", "keeping", "statements"},
     {"capabilities", "liveness", "scopes"},
     {"executing", "sources"},

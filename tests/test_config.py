@@ -20,7 +20,7 @@ from flask_commondb import ConfigError
 from flask_commondb.config import Config
 from flask_commondb.config import ReplicaConfig
 from flask_commondb.config import load
-from flask_commondb.config import server_name
+from flask_commondb.naming import server_name
 from flask_commondb.signals import routed
 
 #: A default bind for tests about something else. No test connects to it.

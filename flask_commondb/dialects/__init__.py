@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
+from .generic import NO_LIMITS
 from .generic import CurrentLimits
 from .generic import Generic
 from .generic import Limits
@@ -19,6 +20,7 @@ from .sqlite import SQLite
 
 __all__ = [
     "FAMILIES",
+    "NO_LIMITS",
     "CurrentLimits",
     "Generic",
     "Limits",
@@ -37,6 +39,9 @@ FAMILIES: dict[str, type[Generic]] = {
 }
 
 
-def dialect_for(engine: sa.Engine) -> Generic:
-    """The dialect of an engine's server; :class:`.Generic` for a family we know nothing of."""
-    return FAMILIES.get(engine.dialect.name, Generic)(engine.dialect)
+def dialect_for(engine: sa.Engine, usual: Limits = NO_LIMITS) -> Generic:
+    """The dialect of an engine's server; :class:`.Generic` for a family we know nothing of.
+
+    :param usual: the limits that the engine's statements have where the caller sets none.
+    """
+    return FAMILIES.get(engine.dialect.name, Generic)(engine.dialect, usual)

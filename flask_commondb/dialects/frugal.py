@@ -62,7 +62,7 @@ class Frugal:
     @property
     def is_mariadb(self) -> bool:
         """Whether the server is a MariaDB, which takes a statement's limits in front of it."""
-        raise NotImplementedError
+        return "MariaDB" in self.get_server_info()  # type: ignore[attr-defined]
 
     def commit(self) -> None:
         """COMMIT, if there is anything to commit."""

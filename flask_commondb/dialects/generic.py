@@ -62,6 +62,9 @@ class Limits(t.NamedTuple):
     lock: float | None = None
 
 
+#: Nothing is said: all is as the server has it.
+NO_LIMITS = Limits()
+
 #: Tells the limits that the caller has set for the next statement.
 CurrentLimits = t.Callable[[], "Limits | None"]
 
@@ -74,6 +77,7 @@ class Generic:
     """A server of which nothing special is known.
 
     :param dialect: SQLAlchemy's dialect object of one engine.
+    :param usual: the limits that the engine's statements have where the caller sets none.
     """
 
     #: Whether the database is part of this process: no server could hang up.
@@ -86,8 +90,9 @@ class Generic:
     #: Whether the driver's unbuffered cursors work outside of a transaction.
     streams_in_autocommit = True
 
-    def __init__(self, dialect: sa.Dialect) -> None:
+    def __init__(self, dialect: sa.Dialect, usual: Limits) -> None:
         self.dialect = dialect
+        self.usual = usual
 
     def install(self, engine: sa.Engine, limits: CurrentLimits) -> None:
         """Make the engine's connections what this family needs, before the first is opened.
@@ -126,28 +131,19 @@ class Generic:
         """Whether the driver's error says that a statement has taken longer than it may."""
         return False
 
-    #: Whether the connections themselves ask for the limits that :meth:`install` was given.
-    limits_itself = False
+    def set_limits(self, dbapi_connection: DBAPIConnection) -> None:
+        """Give a new connection its usual limits."""
 
-    def set_limits(self, dbapi_connection: DBAPIConnection, usual: Limits) -> None:
-        """Give a new connection the limits that its bind has."""
-
-    def limit(
-        self,
-        connection: PoolProxiedConnection,
-        limits: Limits | None,
-        usual: Limits,
-        statement: str = "",
-    ) -> None:
+    def limit(self, connection: PoolProxiedConnection, limits: Limits | None, sql: str) -> None:
         """Give the next statement its limits, where the connections do not do so themselves.
 
-        :param limits: the caller's; ``None``: the connection's usual ones.
-        :param statement: its text, if that is known.
+        :param limits: the caller's; ``None``: the usual ones.
+        :param sql: the statement; empty if that is not known.
         """
 
-    def renew_limits(self, entry: t.Any, limits: Limits | None, usual: Limits) -> None:
+    def renew_limits(self, entry: t.Any, limits: Limits | None) -> None:
         """Take limits away from a connection that leaves its pool and still has its last user's."""
-        self.limit(entry, limits, usual)
+        self.limit(entry, limits, "")
 
     def leave_failed_transaction(self, connection: PoolProxiedConnection) -> None:
         """Make a connection usable that refuses everything since a statement was stopped.

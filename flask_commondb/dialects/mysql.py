@@ -191,30 +191,22 @@ class MySQL(Generic):
     def is_timeout(self, error: t.Any) -> bool:
         return bool(error.args) and error.args[0] in _TIMEOUTS
 
-    def set_limits(self, dbapi_connection: DBAPIConnection, usual: Limits) -> None:
-        variables = self._variables(usual)
+    def set_limits(self, dbapi_connection: DBAPIConnection) -> None:
+        variables = self._variables(self.usual)
         if variables:
-            assignments = ", ".join(f"{name} = {value}" for name, value in variables.items())
-            run(dbapi_connection, f"SET SESSION {assignments}")
+            _set_session(dbapi_connection, variables)
 
-    def limit(
-        self,
-        connection: PoolProxiedConnection,
-        limits: Limits | None,
-        usual: Limits,
-        statement: str = "",
-    ) -> None:
+    def limit(self, connection: PoolProxiedConnection, limits: Limits | None, sql: str) -> None:
         if getattr(connection.dbapi_connection, "is_mariadb", False):
             return  # our connections write them in front of the statement
         wanted = {} if limits is None else self._variables(limits)
         set_now = connection.info.get(_SET_NOW, {})
         if wanted == set_now:
             return
-        before = {**dict.fromkeys(set_now, "DEFAULT"), **self._variables(usual)}
-        before = {name: value for name, value in before.items() if name in set_now}
-        assignments = ", ".join(f"{name} = {value}" for name, value in {**before, **wanted}.items())
+        usual = self._variables(self.usual)
+        before = {name: usual.get(name, "DEFAULT") for name in set_now}
         with uncounted(connection.dbapi_connection):
-            run(t.cast(DBAPIConnection, connection.dbapi_connection), f"SET SESSION {assignments}")
+            _set_session(connection.dbapi_connection, {**before, **wanted})
         connection.info[_SET_NOW] = wanted
 
     def _variables(self, limits: Limits) -> dict[str, t.Any]:
@@ -263,6 +255,11 @@ class MySQL(Generic):
             return bool(status & _AUTOCOMMIT)
         get_autocommit = getattr(dbapi_connection, "get_autocommit", None)  # mysqlclient
         return None if get_autocommit is None else bool(get_autocommit())
+
+
+def _set_session(dbapi_connection: t.Any, variables: t.Mapping[str, t.Any]) -> None:
+    assignments = ", ".join(f"{name} = {value}" for name, value in variables.items())
+    run(dbapi_connection, f"SET SESSION {assignments}")
 
 
 def _variables(parameters: t.Sequence[Parameter]) -> t.Iterator[tuple[str, Parameter]]:

@@ -80,10 +80,6 @@ def connection_class() -> type[t.Any]:
             self.read_query_result()
             self.store_result()
 
-        @property
-        def is_mariadb(self) -> bool:
-            return "MariaDB" in self.get_server_info()
-
         def use_result(self) -> t.Any:
             self.is_reading = True
             return super().use_result()

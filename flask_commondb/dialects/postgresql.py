@@ -113,20 +113,13 @@ class PostgreSQL(Generic):
         # Someone's pg_cancel_backend() has the same code.
         return bool(_state(error) == _CANCELLED) and "user request" not in str(error)
 
-    def set_limits(self, dbapi_connection: DBAPIConnection, usual: Limits) -> None:
-        variables = _variables(usual)
+    def set_limits(self, dbapi_connection: DBAPIConnection) -> None:
+        variables = _variables(self.usual)
         if variables:
             with outside_transaction(dbapi_connection):
-                for name, value in variables.items():
-                    run(dbapi_connection, f"SET SESSION {name} = {value}")
+                run(dbapi_connection, _set(variables, is_local=False))
 
-    def limit(
-        self,
-        connection: PoolProxiedConnection,
-        limits: Limits | None,
-        usual: Limits,
-        statement: str = "",
-    ) -> None:
+    def limit(self, connection: PoolProxiedConnection, limits: Limits | None, sql: str) -> None:
         dbapi_connection = t.cast(t.Any, connection.dbapi_connection)
         status = int(dbapi_connection.info.transaction_status)
         if status == _IN_ERROR:
@@ -138,30 +131,30 @@ class PostgreSQL(Generic):
             set_now = for_session  # the transaction that had others is over
         wanted = {} if limits is None else _variables(limits)
         needs_savepoint = (
-            bool(wanted) and status == _IN_TRANSACTION and _READ.match(statement) is not None
+            bool(wanted) and status == _IN_TRANSACTION and _READ.match(sql) is not None
         )
         connection.info[_SET_NOW] = _SetNow(
             for_session if is_local else wanted, wanted, needs_savepoint
         )
         commands = [f"SAVEPOINT {_SAVEPOINT}"] if needs_savepoint else []
-        before = {name: value for name, value in _variables(usual).items() if name in set_now}
-        values = {**dict.fromkeys(set_now), **before, **wanted}
         if wanted != set_now:
-            commands.append(_set(values, is_local))
+            commands.append(_set({**self._usually(set_now), **wanted}, is_local))
         if commands:
             with uncounted(dbapi_connection):
                 run(dbapi_connection, "; ".join(commands))
 
-    def renew_limits(self, entry: t.Any, limits: Limits | None, usual: Limits) -> None:
+    def renew_limits(self, entry: t.Any, limits: Limits | None) -> None:
         for_session, *_ = entry.info.pop(_SET_NOW, _NOTHING)
         wanted = {} if limits is None else _variables(limits)
         if for_session == wanted:
             entry.info[_SET_NOW] = _SetNow(for_session, wanted)
         elif for_session:
-            usually = _variables(usual)
-            values = {name: usually.get(name) for name in for_session}
             with outside_transaction(entry.dbapi_connection):
-                run(entry.dbapi_connection, _set(values, is_local=False))
+                run(entry.dbapi_connection, _set(self._usually(for_session), is_local=False))
+
+    def _usually(self, names: t.Iterable[str]) -> dict[str, t.Any]:
+        usual = _variables(self.usual)
+        return {name: usual.get(name) for name in names}
 
     def leave_failed_transaction(self, connection: PoolProxiedConnection) -> None:
         dbapi_connection = t.cast(t.Any, connection.dbapi_connection)

@@ -48,10 +48,6 @@ def connection_class() -> type[t.Any]:
             with self._answered_within(self._ping_timeout):
                 super().ping(reconnect)
 
-        @property
-        def is_mariadb(self) -> bool:
-            return "MariaDB" in self.server_version
-
         def fileno(self) -> int:
             return int(self._sock.fileno())
 

@@ -64,15 +64,9 @@ class SQLite(Generic):
     def is_timeout(self, error: t.Any) -> bool:
         return str(error) == "interrupted"
 
-    def limit(
-        self,
-        connection: PoolProxiedConnection,
-        limits: Limits | None,
-        usual: Limits,
-        statement: str = "",
-    ) -> None:
+    def limit(self, connection: PoolProxiedConnection, limits: Limits | None, sql: str) -> None:
         dbapi_connection = t.cast(t.Any, connection.dbapi_connection)
-        seconds, lock = usual
+        seconds, lock = self.usual
         if limits is not None:
             seconds = seconds if limits.statement is None else limits.statement
             lock = lock if limits.lock is None else limits.lock
@@ -81,7 +75,7 @@ class SQLite(Generic):
             dbapi_connection.set_progress_handler(lambda: time.monotonic() > deadline, _STEPS)
         else:
             dbapi_connection.set_progress_handler(None, 0)
-        if lock != connection.info.get(_LOCK_LIMIT, usual.lock):
+        if lock != connection.info.get(_LOCK_LIMIT, self.usual.lock):
             wait = _USUAL_LOCK_LIMIT if lock is None else lock
             run(dbapi_connection, f"PRAGMA busy_timeout = {math.ceil(wait * 1000)}")
             connection.info[_LOCK_LIMIT] = lock
