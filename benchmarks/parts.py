@@ -16,17 +16,14 @@ import sys
 import time
 import typing as t
 
-from flask_sqlalchemy import SQLAlchemy
 from pymysql.connections import Connection
 from pymysql.cursors import Cursor
 
-from flask_commondb import CommonDB
 from flask_commondb.dialects.pymysql import connection_class
 from tests.servers import MariaDBCluster
 
 from .requests import TURN
-from .requests import make_app
-from .requests import make_app_by_hand
+from .requests import make_apps
 
 
 class Clock:
@@ -64,15 +61,7 @@ def main(turns: int) -> None:
     driver.watch(connection_class(), "rollback", "send_rollback", "read_answer", "ping")
     waiting.watch(socket.SocketIO, "readinto")
     with MariaDBCluster() as cluster:
-        url = cluster.primary.url()
-        replicas = [replica.url() for replica in cluster.replicas]
-        apps = {
-            "Flask-SQLAlchemy": make_app(SQLAlchemy, url),
-            "Flask-SQLAlchemy, pre_ping": make_app(SQLAlchemy, url, pre_ping=True),
-            "CommonDB": make_app(CommonDB, url),
-            "CommonDB, 2 replicas": make_app(CommonDB, url, replicas),
-            "PyMySQL by hand": make_app_by_hand(url),
-        }
+        apps = make_apps(cluster)
         cluster.sync()
         clients = {name: app.test_client() for name, app in apps.items()}
         parts: dict[str, list[tuple[float, ...]]] = {name: [] for name in apps}

@@ -37,16 +37,8 @@ Client = t.Callable[[], object]
 def main(rounds: int) -> None:
     """Measure and print."""
     with MariaDBCluster() as cluster:
-        url = cluster.primary.url()
-        replicas = [replica.url() for replica in cluster.replicas]
-        by_mysqlclient = url.replace("pymysql", "mysqldb")
-        apps = {
-            "Flask-SQLAlchemy": make_app(SQLAlchemy, url),
-            "Flask-SQLAlchemy, pre_ping": make_app(SQLAlchemy, url, pre_ping=True),
-            "CommonDB": make_app(CommonDB, url),
-            "CommonDB, 2 replicas": make_app(CommonDB, url, replicas),
-            "PyMySQL by hand": make_app_by_hand(url),
-        }
+        by_mysqlclient = cluster.primary.url().replace("pymysql", "mysqldb")
+        apps = make_apps(cluster)
         others = {
             "Flask-SQLAlchemy, mysqlclient": make_app(SQLAlchemy, by_mysqlclient),
             "CommonDB, mysqlclient": make_app(CommonDB, by_mysqlclient),
@@ -65,6 +57,19 @@ def main(rounds: int) -> None:
                     for name, app in variants.items()
                 }
                 show(title, measure(clients, rounds))
+
+
+def make_apps(cluster: MariaDBCluster) -> dict[str, Flask]:
+    """The same app in each way, on one cluster."""
+    url = cluster.primary.url()
+    replicas = [replica.url() for replica in cluster.replicas]
+    return {
+        "Flask-SQLAlchemy": make_app(SQLAlchemy, url),
+        "Flask-SQLAlchemy, pre_ping": make_app(SQLAlchemy, url, pre_ping=True),
+        "CommonDB": make_app(CommonDB, url),
+        "CommonDB, 2 replicas": make_app(CommonDB, url, replicas),
+        "PyMySQL by hand": make_app_by_hand(url),
+    }
 
 
 def make_app(

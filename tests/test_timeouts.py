@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import pickle
 import threading
@@ -13,8 +14,6 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask
 
-from flask_commondb.dialects import mysqlclient
-from flask_commondb.dialects import pymysql
 from flask_commondb.dialects.frugal import Frugal
 from flask_commondb.errors import StatementTimeout
 from flask_commondb.errors import UnknownBindError
@@ -25,6 +24,7 @@ from .drivers import BINDS
 from .drivers import Wired
 
 if t.TYPE_CHECKING:
+    import collections.abc as c
     from pathlib import Path
 
     from .conftest import MakeWired
@@ -285,21 +285,28 @@ def test_settings_of_the_transaction(make_wired: MakeWired) -> None:
         assert db.session.scalar(tenant) == "acme"
 
 
-def test_flush(make_wired: MakeWired) -> None:
-    """A flush that takes too long is rolled back; the next transaction is as any other."""
-    wired = make_wired()
+@contextlib.contextmanager
+def locked(wired: Wired) -> c.Iterator[None]:
+    """Someone else is about to change the one row that there is, 1, to 2; and does not."""
     model = wired.models[None]
     with wired.app.test_request_context():
         wired.db.session.add(model(id=1))
         wired.db.session.commit()
     with wired.engines[None].connect() as blocker:
         blocker.execute(sa.update(model).values(id=2))
-        with wired.app.test_request_context(), wired.db.timeout(0.2):
-            wired.db.session.add(model(id=2))
-            with pytest.raises(StatementTimeout):
-                wired.db.session.commit()
-            assert wired.db.session.scalars(sa.select(model.id)).all() == [1]
+        yield
         blocker.rollback()
+
+
+def test_flush(make_wired: MakeWired) -> None:
+    """A flush that takes too long is rolled back; the next transaction is as any other."""
+    wired = make_wired()
+    model = wired.models[None]
+    with locked(wired), wired.app.test_request_context(), wired.db.timeout(0.2):
+        wired.db.session.add(model(id=2))
+        with pytest.raises(StatementTimeout):
+            wired.db.session.commit()
+        assert wired.db.session.scalars(sa.select(model.id)).all() == [1]
     with wired.app.test_request_context():
         wired.db.session.add(model(id=2))
         wired.db.session.commit()
@@ -309,17 +316,10 @@ def test_flush(make_wired: MakeWired) -> None:
 def test_lock(make_wired: MakeWired) -> None:
     """A lock is waited for no longer than the block allows."""
     wired = make_wired()
-    model = wired.models[None]
-    with wired.app.test_request_context():
-        wired.db.session.add(model(id=1))
-        wired.db.session.commit()
-    with wired.engines[None].connect() as blocker:
-        blocker.execute(sa.update(model).values(id=2))
-        with wired.app.test_request_context(), wired.db.timeout(lock=1):
-            with pytest.raises(sa.exc.OperationalError, match=r"(?i)lock") as caught:
-                wired.db.session.execute(sa.update(model).values(id=3))
-            assert not isinstance(caught.value, StatementTimeout)
-        blocker.rollback()
+    with locked(wired), wired.app.test_request_context(), wired.db.timeout(lock=1):
+        with pytest.raises(sa.exc.OperationalError, match=r"(?i)lock") as caught:
+            wired.db.session.execute(sa.update(wired.models[None]).values(id=3))
+        assert not isinstance(caught.value, StatementTimeout)
 
 
 def test_many_rows(make_wired: MakeWired) -> None:
@@ -392,8 +392,6 @@ def test_server_without_limits_in_front(
 ) -> None:
     """MySQL's limits are the connection's own: set when they change, and only then."""
     monkeypatch.setattr(Frugal, "is_mariadb", False)
-    for connections in (pymysql, mysqlclient):
-        monkeypatch.delattr(connections.connection_class(), "is_mariadb")
     wired = make_wired(COMMONDB_ENGINE_DEFAULTS={"statement_timeout": 20})
     statement = sa.select(wired.models[None].id)
     with wired.app.test_request_context():

@@ -1068,16 +1068,22 @@ def test_a_server_that_refuses_to_prepare(make_shop: MakeShop, servers: tuple[st
             shop.connection_id("second")
 
 
-@pytest.mark.parametrize("servers", PAIRS)
-def test_connections_lost_while_preparing(make_shop: MakeShop, servers: tuple[str, str]) -> None:
-    """All connections are lost at a prepare: what one has prepared is undone from outside."""
-    shop = make_shop(*servers)
+def killer(shop: Shop) -> tuple[dict[str | None, int], t.Callable[[str], None]]:
+    """Where to write down the connections of each bind, and what kills them in two phases."""
     numbers: dict[str | None, int] = {}
 
     def kill_all(xid: str) -> None:
         for key in KEYS:
             shop.kill(key, numbers[key])
 
+    return numbers, kill_all
+
+
+@pytest.mark.parametrize("servers", PAIRS)
+def test_connections_lost_while_preparing(make_shop: MakeShop, servers: tuple[str, str]) -> None:
+    """All connections are lost at a prepare: what one has prepared is undone from outside."""
+    shop = make_shop(*servers)
+    numbers, kill_all = killer(shop)
     for number, by_key in itertools.product((1, 2), (True, False)):
         with shop.app.app_context(), on_the(number, "prepare_twophase", shop, kill_all):
             with pytest.raises(sa.exc.OperationalError), two_phases(shop, by_key) as sessions:
@@ -1094,12 +1100,7 @@ def test_connections_lost_while_preparing(make_shop: MakeShop, servers: tuple[st
 def test_connections_lost_between_the_phases(make_shop: MakeShop, servers: tuple[str, str]) -> None:
     """All connections are lost when all have prepared: committed from outside, without an error."""
     shop = make_shop(*servers)
-    numbers: dict[str | None, int] = {}
-
-    def kill_all(xid: str) -> None:
-        for key in KEYS:
-            shop.kill(key, numbers[key])
-
+    numbers, kill_all = killer(shop)
     for number, by_key in itertools.product((1, 2), (True, False)):
         title = f"{number} {by_key}"
         with shop.app.app_context(), on_the(number, "commit_twophase", shop, kill_all):
