@@ -125,7 +125,8 @@ class _Kept:
         clock: t.Callable[[], float],
     ) -> None:
         self._engine = weakref.ref(engine)
-        self._server = server_name(engine.url)
+        url = engine.url
+        self._server = server_name(url) if url.host else url.get_backend_name()
         self._answers = answers
         self._min_size = min_size
         self._max_idle = math.inf if max_idle is None else max_idle
