@@ -6,6 +6,7 @@ from .errors import CommonDBError
 from .errors import ConfigError
 from .errors import CrossBindError
 from .errors import NoContextError
+from .errors import NoReplicaError
 from .errors import OpenTransactionError
 from .errors import PartialCommitError
 from .errors import PoolExhausted
@@ -13,11 +14,14 @@ from .errors import ProcedureNotSupported
 from .errors import StatementTimeout
 from .errors import TwoPhaseNotSupported
 from .errors import UnknownBindError
+from .errors import UnknownReplicaError
 from .errors import WrongBindError
 from .extension import CommonDB
 from .holders import Holder
 from .holders import PoolStatus
+from .overview import ServerStatus
 from .procedures import ProcedureResult
+from .router import Route
 from .streams import Stream
 
 __all__ = [
@@ -27,15 +31,19 @@ __all__ = [
     "CrossBindError",
     "Holder",
     "NoContextError",
+    "NoReplicaError",
     "OpenTransactionError",
     "PartialCommitError",
     "PoolExhausted",
     "PoolStatus",
     "ProcedureNotSupported",
     "ProcedureResult",
+    "Route",
+    "ServerStatus",
     "StatementTimeout",
     "Stream",
     "TwoPhaseNotSupported",
     "UnknownBindError",
+    "UnknownReplicaError",
     "WrongBindError",
 ]

@@ -32,8 +32,7 @@ def close_session(session: sa_orm.Session, endpoint: str | None = None) -> None:
     interrupt: BaseException | None = None  # it must not keep the others open
     connections = []
     if isinstance(session, RoutingSession):
-        if session.replica_connections:
-            session.release_replica_connections()
+        session.replica_reads.release()
         connections = session.own_connections()
         for connection in connections:
             try:

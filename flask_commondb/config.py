@@ -20,8 +20,15 @@ from .dialects import FAMILIES
 from .errors import ConfigError
 from .options import check_defaults
 from .options import check_for_all
+from .options import maker_of
 from .options import nearest
 from .options import resolve
+from .policies import POLICIES
+from .policies import Policy
+from .policies import fastest_of_two
+from .primaries import why_no_candidate
+from .scopes import FALLBACKS
+from .scopes import is_lag
 from .sources import Layer
 from .sources import Sources
 from .sources import reaching
@@ -38,12 +45,14 @@ class ReplicaConfig:
     :param weight: its share of the reads, relative to the other replicas of the bind.
     :param options: engine options of its own; they go before the bind's.
     :param key: where it stands.
+    :param zone: where its server stands.
     """
 
     url: sa.URL
     weight: float = 1
     options: t.Mapping[str, t.Any] = dataclasses.field(default_factory=dict, repr=False)
     key: str = dataclasses.field(default="", compare=False)
+    zone: str | None = None
 
     def sources(self, bind: Sources) -> Sources:
         """What is said about the options of its engine, the bind's inherited ones included."""
@@ -52,19 +61,37 @@ class ReplicaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReadConfig:
+    """How the reads of one bind find a replica: see :class:`.ReplicaSet`."""
+
+    policy: Policy = fastest_of_two
+    zones: tuple[str, ...] = ()
+    max_lag: float | None = None
+    fallback: str = "primary"
+    fallback_limit: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """The settings of one app.
 
+    :param reads: for each bind, also for one without replicas, which may get some.
+
     :param sources: for each bind all that is said about the options of its engine.
+    :param candidates: for each bind that has any, where else its primary may be.
     """
 
     replicas: t.Mapping[str | None, tuple[ReplicaConfig, ...]]
     routing: str
     read_functions: frozenset[str]
     leak_watch: bool = False
+    reads: t.Mapping[str | None, ReadConfig] = dataclasses.field(
+        default_factory=dict, compare=False
+    )
     sources: t.Mapping[str | None, Sources] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
     )
+    candidates: t.Mapping[str | None, tuple[sa.URL, ...]] = dataclasses.field(default_factory=dict)
 
 
 def load(config: t.MutableMapping[str, t.Any], engine_options: t.Mapping[str, t.Any]) -> Config:
@@ -94,16 +121,38 @@ def load(config: t.MutableMapping[str, t.Any], engine_options: t.Mapping[str, t.
     if not isinstance(leak_watch, bool):
         mistakes.append(_wrong_type("COMMONDB_LEAK_WATCH", leak_watch, "True or False"))
     replicas = _replicas(config, urls, given, mistakes)
+    reads = _reads(config, engine_options, urls, mistakes)
     sources = _sources(config, engine_options, urls, mistakes)
+    candidates = _candidates(config, urls, engine_options, sources, mistakes)
     _resolve_all(sources, replicas, mistakes)
     if mistakes:
         raise ConfigError(list(dict.fromkeys(mistakes)))  # what is for several binds comes again
     names = frozenset(name.lower() for name in functions)
-    return Config(replicas, routing, names, leak_watch, sources)
+    return Config(replicas, routing, names, leak_watch, reads, sources, candidates)
+
+
+def replica_config(entry: t.Any, url: sa.URL) -> ReplicaConfig:
+    """Check a replica that is added at run time.
+
+    :param entry: as in :data:`COMMONDB_REPLICAS`: a URL, or a dict.
+    :param url: of its primary.
+    :raises ConfigError: naming every mistake.
+    """
+    mistakes: list[str] = []
+    found = list(_bind_replicas("db.add_replica()", [entry], _family(url), mistakes))
+    if mistakes:
+        raise ConfigError(mistakes)
+    return found[0]
 
 
 _KNOWN = (
     "COMMONDB_REPLICAS",
+    "COMMONDB_CANDIDATES",
+    "COMMONDB_POLICY",
+    "COMMONDB_ZONES",
+    "COMMONDB_MAX_LAG",
+    "COMMONDB_FALLBACK",
+    "COMMONDB_FALLBACK_LIMIT",
     "COMMONDB_ROUTING",
     "COMMONDB_READ_FUNCTIONS",
     "COMMONDB_LEAK_WATCH",
@@ -111,7 +160,7 @@ _KNOWN = (
 )
 
 #: Beside these, all in the dict of a replica is for ``create_engine()``.
-_REPLICA_KEYS = ("url", "weight")
+_REPLICA_KEYS = ("url", "weight", "zone")
 
 
 class _Given(t.NamedTuple):
@@ -211,6 +260,142 @@ def _replicas(
     return {bind_key: replicas for bind_key, replicas in found.items() if replicas}
 
 
+def _reads(
+    config: t.MutableMapping[str, t.Any],
+    engine_options: t.Mapping[str, t.Any],
+    urls: _URLs,
+    mistakes: list[str],
+) -> dict[str | None, ReadConfig]:
+    """How reads find a replica: what is said for all binds, and beside the URL of one."""
+    zones = config.setdefault("COMMONDB_ZONES", ())
+    if isinstance(zones, str) or not isinstance(zones, t.Sequence) or not _all_strings(zones):
+        mistakes.append(_wrong_type("COMMONDB_ZONES", zones, "a list of names, the nearest first"))
+        zones = ()
+    common: dict[str, t.Any] = {"zones": tuple(zones)}
+    for name, (key, default, _) in _READ_SETTINGS.items():
+        _note_read_setting(name, key, config.setdefault(key, default), common, mistakes)
+
+    binds = _mapping(config.get("SQLALCHEMY_BINDS"))
+    shared = {**engine_options, **_mapping(config.get("SQLALCHEMY_ENGINE_OPTIONS"))}
+    found: dict[str | None, ReadConfig] = {}
+    for bind_key in urls:
+        key, beside = f"SQLALCHEMY_BINDS[{bind_key!r}]", _mapping(binds.get(bind_key))
+        if bind_key is None:  # whose URL stands beside these, or alone
+            key, beside = "SQLALCHEMY_ENGINE_OPTIONS", {**beside, **shared}
+        own = dict(common)
+        for name in _READ_SETTINGS.keys() & beside.keys():
+            _note_read_setting(name, f"{key}[{name!r}]", beside[name], own, mistakes)
+        found[bind_key] = ReadConfig(**own)
+    return found
+
+
+def _note_read_setting(
+    name: str, key: str, value: t.Any, found: dict[str, t.Any], mistakes: list[str]
+) -> None:
+    wrong = _READ_SETTINGS[name][2](value)
+    if wrong is not None:
+        mistakes.append(f"{key}: {wrong}")
+    else:
+        found[name] = POLICIES[value] if isinstance(value, str) and name == "policy" else value
+
+
+def _why_no_policy(value: t.Any) -> str | None:
+    if callable(value) or (isinstance(value, str) and value in POLICIES):
+        return None
+    return (
+        f"{value!r} is not a policy{nearest(value, POLICIES)}; it is one of"
+        f" {', '.join(map(repr, POLICIES))}, or a function that takes a list of replicas and"
+        " returns one of them."
+    )
+
+
+def _why_no_fallback(value: t.Any) -> str | None:
+    if value in FALLBACKS:
+        return None
+    known = ", ".join(map(repr, FALLBACKS))
+    return f"{value!r} is not a fallback{nearest(value, FALLBACKS)}; known are {known}."
+
+
+def _why_no_lag(value: t.Any) -> str | None:
+    if value is None or is_lag(value):
+        return None
+    return f"must be a number of seconds above 0, or None, not {value!r}."
+
+
+def _why_no_limit(value: t.Any) -> str | None:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return None if value is None or is_count else f"must be 1 or more, or None, not {value!r}."
+
+
+#: What may also stand beside the URL of one bind: the key that is for all, its default, and what is
+#: wrong with a value.
+_READ_SETTINGS: dict[str, tuple[str, t.Any, t.Callable[[t.Any], str | None]]] = {
+    "policy": ("COMMONDB_POLICY", "fastest_of_two", _why_no_policy),
+    "max_lag": ("COMMONDB_MAX_LAG", None, _why_no_lag),
+    "fallback": ("COMMONDB_FALLBACK", "primary", _why_no_fallback),
+    "fallback_limit": ("COMMONDB_FALLBACK_LIMIT", None, _why_no_limit),
+}
+
+
+def _candidates(
+    config: t.MutableMapping[str, t.Any],
+    urls: _URLs,
+    engine_options: t.Mapping[str, t.Any],
+    sources: t.Mapping[str | None, Sources],
+    mistakes: list[str],
+) -> dict[str | None, tuple[sa.URL, ...]]:
+    """Where else the primary of each bind may be."""
+    options = {**engine_options, **_mapping(config.get("SQLALCHEMY_ENGINE_OPTIONS"))}
+    given = [_Given("SQLALCHEMY_ENGINE_OPTIONS['candidates']", None, options.get("candidates"))]
+    for bind_key, bind in _mapping(config.get("SQLALCHEMY_BINDS")).items():
+        key = f"SQLALCHEMY_BINDS[{bind_key!r}]['candidates']"
+        given.append(_Given(key, bind_key, _mapping(bind).get("candidates")))
+    key, setting = "COMMONDB_CANDIDATES", config.setdefault("COMMONDB_CANDIDATES", None)
+    if isinstance(setting, t.Mapping):
+        given += [_Given(f"{key}[{of!r}]", of, value) for of, value in setting.items()]
+    else:
+        given.append(_Given(key, None, setting))
+
+    found: dict[str | None, tuple[sa.URL, ...]] = {}
+    for key, bind_key, value in given:
+        if not value and value in (None, (), []):
+            continue
+        if bind_key not in urls:
+            what = "no default bind" if bind_key is None else f"no bind {bind_key!r}"
+            near = nearest(bind_key, [known for known in urls if known is not None])
+            known = ", ".join(map(repr, urls)) or "none"
+            mistakes.append(
+                f"{key}: there is {what} for these candidates{near}; known are {known}."
+            )
+        elif bind_key in found:
+            mistakes.append(f"{key}: the candidates of bind {bind_key!r} are given twice.")
+        elif bind_key in sources:
+            found[bind_key] = tuple(_bind_candidates(key, value, sources[bind_key], mistakes))
+    return {bind_key: candidates for bind_key, candidates in found.items() if candidates}
+
+
+def _bind_candidates(
+    key: str, value: t.Any, bind: Sources, mistakes: list[str]
+) -> t.Iterator[sa.URL]:
+    if isinstance(value, (str, sa.URL)):
+        value = [value]
+    if isinstance(value, t.Mapping) or not isinstance(value, t.Sequence):
+        mistakes.append(_wrong_type(key, value, "a list of URLs"))
+        return
+    known = [bind.url]
+    for index, entry in enumerate(value):
+        url = _url(f"{key}[{index}]", entry, mistakes)
+        wrong = None if url is None else why_no_candidate(url, known)
+        if wrong is not None:
+            mistakes.append(f"{key}[{index}]: {wrong}")
+        elif url is not None:
+            known.append(url)
+            yield url
+    maker = maker_of(bind)
+    if maker is not None:
+        mistakes.append(f"{key}: have no effect, because {maker!r} makes the connections.")
+
+
 def _sources(
     config: t.MutableMapping[str, t.Any],
     engine_options: t.Mapping[str, t.Any],
@@ -291,9 +476,11 @@ def _bind_replicas(
 def _replica(key: str, entry: t.Any, mistakes: list[str]) -> ReplicaConfig | None:
     options: dict[str, t.Any] = {}
     weight: t.Any = 1
+    zone: t.Any = None
     if isinstance(entry, t.Mapping):
         options = {name: value for name, value in entry.items() if name not in _REPLICA_KEYS}
         weight = entry.get("weight", 1)
+        zone = entry.get("zone")
         if "url" not in entry:
             near = "".join(nearest(name, ["url"]) for name in options)
             mistakes.append(f"{key}: a replica needs a 'url'{near}.")
@@ -307,6 +494,9 @@ def _replica(key: str, entry: t.Any, mistakes: list[str]) -> ReplicaConfig | Non
         return None
     if not _is_number(weight) or not 0 < weight < math.inf:
         mistakes.append(f"{key}: 'weight' must be a number above 0, not {weight!r}.")
+        return None
+    if not isinstance(zone, (str, type(None))):
+        mistakes.append(f"{key}: 'zone' must be a name, not {type(zone).__name__}.")
         return None
     url = _url(key, entry, mistakes)
     if url is None:
@@ -323,7 +513,7 @@ def _replica(key: str, entry: t.Any, mistakes: list[str]) -> ReplicaConfig | Non
             " Name the primary's file."
         )
         return None
-    return ReplicaConfig(url, weight, options, key)
+    return ReplicaConfig(url, weight, options, key, zone)
 
 
 def _url(key: str, value: t.Any, mistakes: list[str]) -> sa.URL | None:

@@ -64,6 +64,24 @@ class UnknownBindError(CommonDBError, sa_exc.UnboundExecutionError, KeyError):
         )
 
 
+class UnknownReplicaError(CommonDBError, KeyError):
+    """A bind has no replica of this name; the text names those that it has.
+
+    :param bind_key: the bind.
+    :param server: the name.
+    :param known: the names of its replicas.
+    """
+
+    def __init__(self, bind_key: str | None, server: str, known: t.Sequence[str]) -> None:
+        super().__init__(
+            f"Bind {bind_key!r} has no replica {server!r};"
+            f" it has {', '.join(map(repr, known)) or 'none'}."
+        )
+
+    def __str__(self) -> str:  # a KeyError would show its text as a literal
+        return str(self.args[0])
+
+
 class CrossBindError(CommonDBError, sa_exc.UnboundExecutionError):
     """One statement names tables of several binds, and no single server holds them all.
 
@@ -206,6 +224,34 @@ class PoolExhausted(CommonDBError, sa_exc.TimeoutError):
             f" back in time. Make 'pool_size' plus 'max_overflow' at least the number of threads,"
             f" and close what is kept open. {who}"
         )
+
+
+class NoReplicaError(CommonDBError, sa_exc.OperationalError):
+    """A read that belongs on a replica found none, and may not go to the primary.
+
+    Raised at once: where :data:`COMMONDB_FALLBACK` says so, and beyond
+    :data:`COMMONDB_FALLBACK_LIMIT`. The same statement may succeed a moment later.
+
+    :param bind_key: the bind.
+    :param reason: ``"replica_down"``: none can be reached; ``"lag"``: none is current enough.
+    :param limit: how many units of work already read from the primary for want of a replica;
+        ``None`` if none may.
+    """
+
+    def __init__(self, bind_key: str | None, reason: str, limit: int | None = None) -> None:
+        self.bind_key = bind_key
+        self.reason = reason
+        self.limit = limit
+        what = "can be reached" if reason == "replica_down" else "is known to be current enough"
+        why = "COMMONDB_FALLBACK, or the scope, does not let it read from the primary."
+        if limit is not None:
+            why = (
+                f"The {limit} that COMMONDB_FALLBACK_LIMIT allows in a process read from the"
+                " primary already."
+            )
+        text = f"No replica of bind {bind_key!r} {what}. {why} See db.server_status()."
+        sa_exc.OperationalError.__init__(self, None, None, RuntimeError(text))
+        self.args = (text,)
 
 
 class ProcedureNotSupported(CommonDBError, NotImplementedError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import time
 import typing as t
 
@@ -27,6 +28,34 @@ from .dialects import Limits
 from .errors import StatementTimeout
 
 
+class Traffic(t.NamedTuple):
+    """What one process has sent to a server.
+
+    :param statements: of sessions and connections, each time they were tried.
+    :param probes: our own questions, how far the server is, and whether it is a primary.
+    """
+
+    statements: int
+    probes: int
+
+
+class Counter:
+    """Counts what several threads do, without a lock: each has a number of its own."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}
+
+    def add(self) -> None:
+        """One more."""
+        thread = threading.get_ident()
+        self._counts[thread] = self._counts.get(thread, 0) + 1
+
+    @property
+    def total(self) -> int:
+        """How many there were."""
+        return sum(self._counts.copy().values())
+
+
 class Executor:
     """Runs the statements of one engine.
 
@@ -34,6 +63,7 @@ class Executor:
     :param bind_key: the bind that it belongs to.
     :param limits: what the caller allows to a statement at the moment.
     :param is_primary: whether its server is written to.
+    :param timed: is told how many seconds each statement has taken that was no failure.
     """
 
     def __init__(
@@ -42,11 +72,15 @@ class Executor:
         bind_key: str | None,
         limits: CurrentLimits,
         is_primary: bool,
+        timed: t.Callable[[float], None] | None = None,
     ) -> None:
         self._dialect = dialect
         self._bind_key = bind_key
         self._limits = limits
         self._is_primary = is_primary
+        self._timed = timed
+        self.probes = Counter()
+        self._statements = Counter()
         #: Whether there may be a connection with limits that are not the usual ones.
         self._has_limited = dialect.is_local and dialect.usual.statement is not None
         #: Whether SQLAlchemy has asked the server all that it wants to know at first connect. It
@@ -77,6 +111,11 @@ class Executor:
             setattr(engine.dialect, name, run)
         sa.event.listen(engine, "handle_error", self._handle_error)
 
+    @property
+    def traffic(self) -> Traffic:
+        """What this process has sent."""
+        return Traffic(self._statements.total, self.probes.total)
+
     def before_raw_cursor(self, connection: PoolProxiedConnection) -> None:
         """Give what a raw cursor will send the limits of this moment."""
         limits = self._limits()
@@ -91,6 +130,7 @@ class Executor:
         if not self._is_initialized:
             execute(cursor, *args)
             return
+        self._statements.add()
         started = time.monotonic()
         context = args[-1]
         limits = self._limits()
@@ -99,11 +139,14 @@ class Executor:
             if is_limited:
                 self._limit(context.root_connection.connection, limits, args[0])
             execute(cursor, *args)
+            if self._timed is not None:
+                self._timed(time.monotonic() - started)
         except Exception as error:
             seconds = time.monotonic() - started
             fresh = liveness.replacement(self._dialect, context, cursor, args[0], error, seconds)
             if fresh is None:
                 raise
+            self._statements.add()
             try:
                 if is_limited:
                     self._limit(context.root_connection.connection, limits, args[0])

@@ -40,14 +40,22 @@ from .holders import tell_when_exhausted
 from .jobs import JobExecutor
 from .naming import server_name
 from .options import resolve
+from .overview import ServerStatus
+from .overview import overview
+from .primaries import Candidates
+from .probing import report_down
 from .procedures import ProcedureResult
 from .replicas import Replica
+from .replicas import ReplicaSet
+from .router import Route
+from .router import Router
 from .routing import ALL_BINDS
-from .routing import Router
 from .routing import RoutingSession
+from .scopes import Said
 from .scopes import Scope
 from .scopes import TimeLimit
 from .scopes import checked_limits
+from .scopes import checked_said
 from .scopes import time_limits
 from .sessions import ContextRegistry
 from .sessions import OpenContexts
@@ -99,6 +107,8 @@ class CommonDB(SQLAlchemy):
 
     _configs: weakref.WeakKeyDictionary[Flask, config.Config]
     _routers: weakref.WeakKeyDictionary[Flask, Router]
+    #: By bind key what is said about the options of its engine, and of those of its replicas.
+    _sources: weakref.WeakKeyDictionary[Flask, dict[str | None, Sources]]
     _celery_apps: weakref.WeakKeyDictionary[t.Any, Flask]
 
     def init_app(self, app: Flask) -> None:
@@ -117,6 +127,7 @@ class CommonDB(SQLAlchemy):
         self._forget_router(app)
         reader = Reader(settings.read_functions)
         self._configs[app] = settings
+        self._sources[app] = {}
         self._routers[app] = Router(
             weakref.ref(app),
             self._app_engines.setdefault(app, {}),
@@ -205,7 +216,7 @@ class CommonDB(SQLAlchemy):
         if not isinstance(session, RoutingSession):
             session = RoutingSession(self)
         key = ALL_BINDS if bind_key is None else bind_key
-        session.join_context(key, context.router, context.roles)
+        session.join_context(key, context.router, context.units)
         unit = self._session_for(bind_key)
         return open_stream(session, unit, context.streams, statement, params, chunk)
 
@@ -328,18 +339,109 @@ class CommonDB(SQLAlchemy):
         :param bind_keys: the binds that it is about; without any, all.
         :raises UnknownBindError: when entered in a context, for a key that the app does not have.
         """
-        return Scope(self, "primary", bind_keys)
+        return Scope(self, Said("primary"), bind_keys)
 
-    def replica(self, *bind_keys: str | None) -> Scope:
+    def replica(
+        self, *bind_keys: str | None, max_lag: float | None = None, fallback: str | None = None
+    ) -> Scope:
         """Read from a replica, also outside a request and whatever the request's method.
 
         ``text()`` is taken at its word here; the replica itself refuses it if it writes. A unit of
         work that has written, or may have, goes on reading from the primary.
 
         :param bind_keys: the binds that it is about; without any, all.
+        :param max_lag: how many seconds behind the primary the replica may be, proved before the
+            statement is sent; ``math.inf`` for any. Without it :data:`COMMONDB_MAX_LAG` counts.
+        :param fallback: where to read when no replica serves: ``"primary"``, ``"stale"`` (from a
+            replica that is further behind) or ``"error"``. Without it :data:`COMMONDB_FALLBACK`
+            counts.
+        :raises ValueError: for a lag or a fallback that is none.
         :raises UnknownBindError: when entered in a context, for a key that the app does not have.
+        :raises NoReplicaError: by a statement inside, if no replica serves and the fallback, or
+            :data:`COMMONDB_FALLBACK_LIMIT`, keeps it from the primary.
         """
-        return Scope(self, "replica", bind_keys)
+        return Scope(self, checked_said(max_lag, fallback), bind_keys)
+
+    def explain_route(self, statement: t.Any, bind_key: str | None = None) -> Route:
+        """Where a statement would go if the current unit of work executed it now, and why.
+
+        Changes nothing and asks no server: that a replica cannot be reached, or is behind, is
+        found out when it is used.
+
+        :param statement: anything that a session executes.
+        :param bind_key: with a key the session is ``db.sessions[key]``, without it ``db.session``.
+        :raises UnknownBindError: for a key that the current app does not configure.
+        :raises CrossBindError: if the statement names tables of several binds.
+        """
+        session = self._session_for(bind_key)()
+        if not isinstance(session, RoutingSession):
+            raise TypeError("db.session has a class of its own that does not route.")
+        return session.route(statement)
+
+    def add_replica(self, replica: t.Any, bind_key: str | None = None) -> str:
+        """Read from one more replica from now on, in this process.
+
+        :param replica: its URL, or a dict as in :data:`COMMONDB_REPLICAS`.
+        :param bind_key: the bind of the current app that it is a replica of.
+        :returns: what it is called.
+        :raises ConfigError: naming every mistake.
+        :raises ValueError: if the bind has that replica already.
+        :raises UnknownBindError: for a key that the current app does not configure.
+        """
+        app, router = current_app._get_current_object(), self.router  # type: ignore[attr-defined]
+        if bind_key not in router.engines:
+            raise UnknownBindError(bind_key, router.engines)
+        settings = config.replica_config(replica, router.engines[bind_key].url)
+        known = router.replica_sets.get(bind_key, ReplicaSet()).replicas
+        if any(each.url == settings.url for each in known):
+            raise ValueError(
+                f"Bind {bind_key!r} reads from {server_name(settings.url)} already. To use one"
+                " again that is draining, call db.resume_replica()."
+            )
+        if not known:
+            pools.expect_replicas(router.engines[bind_key])
+        added = self._add_replica(bind_key, settings, app)
+        self._watch_pool(app, added.engine, bind_key)
+        self._record_queries(app, added.engine)
+        return added.name
+
+    def drain_replica(self, server: str, bind_key: str | None = None) -> None:
+        """Have no further unit of work read from a replica; those that do may end.
+
+        :param server: what it is called in :meth:`server_status`: ``host:port``.
+        :param bind_key: the bind of the current app.
+        :raises UnknownReplicaError: if the bind has no such replica.
+        """
+        for replica in self.router.named(bind_key, server):
+            replica.is_draining = True
+
+    def resume_replica(self, server: str, bind_key: str | None = None) -> None:
+        """Read from a replica again that was drained. Parameters as for :meth:`drain_replica`.
+
+        :raises UnknownReplicaError: if the bind has no such replica.
+        """
+        for replica in self.router.named(bind_key, server):
+            replica.is_draining = False
+
+    def remove_replica(self, server: str, bind_key: str | None = None) -> None:
+        """Read from a replica no more, and close its connections.
+
+        A statement that is running there ends; what a unit of work reads after that comes from the
+        primary. Drain it before, and none will notice. Parameters as for :meth:`drain_replica`.
+
+        :raises UnknownReplicaError: if the bind has no such replica.
+        """
+        for replica in self.router.named(bind_key, server):
+            self.router.remove(replica)
+            pools.retire(replica.engine)
+
+    def server_status(self, app: Flask | None = None) -> list[ServerStatus]:
+        """What this process knows of each primary and replica. Asks no server.
+
+        :param app: may be left out where an app is current, or ``db`` has only one.
+        :raises NoContextError: if it is not clear which app is meant.
+        """
+        return overview(self.routers[jobs.app_of(self, app)])
 
     def timeout(
         self, statement: float | None = None, *bind_keys: str | None, lock: float | None = None
@@ -367,7 +469,7 @@ class CommonDB(SQLAlchemy):
         """
         return {
             bind_key: [replica.engine for replica in replicas.replicas]
-            for bind_key, replicas in self.router.replica_sets.items()
+            for bind_key, replicas in self.router.replica_sets.copy().items()
         }
 
     @property
@@ -408,6 +510,7 @@ class CommonDB(SQLAlchemy):
         if "sessions" not in vars(self):  # test suites call it again, for a session of their own
             self._configs = weakref.WeakKeyDictionary()
             self._routers = weakref.WeakKeyDictionary()
+            self._sources = weakref.WeakKeyDictionary()
             self.scopes = contextvars.ContextVar("flask_commondb_scopes", default=())
             self.time_limits = contextvars.ContextVar("flask_commondb_time_limits", default=())
             self._celery_apps = weakref.WeakKeyDictionary()
@@ -436,22 +539,33 @@ class CommonDB(SQLAlchemy):
         engine = super()._make_engine(bind_key, resolved.options, app)
         limits = functools.partial(time_limits, self, bind_key)
         pools.prepare(engine, resolved.settings, bind_key, limits, has_replicas=bool(replicas))
-        if replicas:
-            self._routers[app].add(
-                bind_key,
-                server_name(engine.url),
-                [self._make_replica(bind_key, sources, replica, app) for replica in replicas],
-            )
+        if settings is not None:
+            self._sources[app][bind_key] = sources
+            if known is not None and bind_key in settings.candidates:
+                router = self._routers[app]
+                router.candidates[bind_key] = Candidates(
+                    engine,
+                    [known.url, *settings.candidates[bind_key]],
+                    bind_key,
+                    moved=functools.partial(router.note_move, bind_key),
+                    asked=functools.partial(pools.count_probe, engine),
+                )
+        for replica in replicas:
+            self._add_replica(bind_key, replica, app)
         return engine
 
-    def _make_replica(
-        self,
-        bind_key: str | None,
-        bind: Sources,
-        replica: config.ReplicaConfig,
-        app: Flask,
+    def _add_replica(
+        self, bind_key: str | None, settings: config.ReplicaConfig, app: Flask
     ) -> Replica:
-        sources = replica.sources(bind)
+        replica = self._make_replica(bind_key, settings, app)
+        reads = self._configs[app].reads[bind_key]
+        self._routers[app].add(replica, lambda: ReplicaSet(**vars(reads)))
+        return replica
+
+    def _make_replica(
+        self, bind_key: str | None, replica: config.ReplicaConfig, app: Flask
+    ) -> Replica:
+        sources = replica.sources(self._sources[app][bind_key])
         sources = dataclasses.replace(sources, given=resolve(sources).options)
         options = dict(sources.given)
         self._apply_driver_defaults(options, app)
@@ -459,9 +573,12 @@ class CommonDB(SQLAlchemy):
         options["isolation_level"] = pools.REPLICA_ISOLATION
         engine = super()._make_engine(bind_key, options, app)
         limits = functools.partial(time_limits, self, bind_key)
-        pools.prepare_replica(engine, settings, bind_key, limits)
         name = server_name(replica.url)
-        return Replica(bind_key, name, engine, replica.weight, pools.streaming(engine))
+        made = Replica(bind_key, name, engine, replica.weight, replica.zone, replica.url)
+        on_dead = functools.partial(report_down, made, None)
+        pools.prepare_replica(engine, settings, bind_key, limits, made.time, on_dead)
+        made.streaming = pools.streaming(engine)
+        return made
 
     def _apply_driver_defaults(self, options: dict[str, t.Any], app: Flask) -> None:
         if isinstance(options.get("connect_args"), t.Mapping):
@@ -517,25 +634,32 @@ class CommonDB(SQLAlchemy):
 
     def _watch_pools(self, app: Flask) -> None:
         router = self._routers[app]
-        for engine, bind_key, _, name in router.servers():
-            # One connection for all is taken twice, never lacking, and may be the database itself.
-            if not liveness.is_shared(engine.pool):
-                router.watch.watch(engine, bind_key, name)
-            tell_when_exhausted(engine, router.watch, bind_key, name)
+        for engine, bind_key, *_ in router.servers():
+            self._watch_pool(app, engine, bind_key)
+
+    def _watch_pool(self, app: Flask, engine: sa.Engine, bind_key: str | None) -> None:
+        watch = self._routers[app].watch
+        # One connection for all is taken twice, never lacking, and may be the database itself.
+        if not liveness.is_shared(engine.pool):
+            watch.watch(engine, bind_key)
+        tell_when_exhausted(engine, watch, bind_key)
 
     def _forget_router(self, app: Flask) -> None:
         """Upstream disposes of the engines when an app is initialized anew; so do we."""
         router = self._routers.pop(app, None)
         if router is not None:
-            for replica in router.replicas.values():
+            for replica in list(router.replicas.values()):
                 replica.engine.dispose()
 
     def _record_replica_queries(self, app: Flask) -> None:
+        for replica in list(self._routers[app].replicas.values()):
+            self._record_queries(app, replica.engine)
+
+    def _record_queries(self, app: Flask, engine: sa.Engine) -> None:
         if app.config["SQLALCHEMY_RECORD_QUERIES"]:
             from flask_sqlalchemy import record_queries
 
-            for replica in self._routers[app].replicas.values():
-                record_queries._listen(replica.engine)
+            record_queries._listen(engine)
 
     def _session_for(self, bind_key: str | None) -> SessionProxy:
         return self.session if bind_key is None else self.sessions[bind_key]

@@ -31,6 +31,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from . import signals
 from .errors import PoolExhausted
+from .naming import server_name
 
 #: The name under which everything stands on ``g``: sessions by their ``db``, and what the leak
 #: watch has seen, a :class:`Taken`, under :class:`LeakWatch`.
@@ -96,7 +97,7 @@ class PoolStatus:
 class NoWatch:
     """The leak watch of an app that has not asked for one."""
 
-    def watch(self, engine: sa.Engine, bind_key: str | None, server: str) -> None:
+    def watch(self, engine: sa.Engine, bind_key: str | None) -> None:
         """Note every checkout of an engine from now on."""
 
     def holders(self, pool: sa.Pool) -> tuple[Holder, ...]:
@@ -110,7 +111,7 @@ class LeakWatch(NoWatch):
     def __init__(self) -> None:
         self._checkouts: dict[ConnectionPoolEntry, _Checkout] = {}
 
-    def watch(self, engine: sa.Engine, bind_key: str | None, server: str) -> None:
+    def watch(self, engine: sa.Engine, bind_key: str | None) -> None:
         @sa.event.listens_for(engine, "checkout")
         def checkout(
             dbapi_connection: DBAPIConnection,
@@ -120,7 +121,7 @@ class LeakWatch(NoWatch):
             origin, by_session = _origin(sys._getframe(1))
             endpoint = request.endpoint if has_request_context() else None
             thread = threading.current_thread().name
-            holder = Holder(bind_key, server, endpoint, thread, origin)
+            holder = Holder(bind_key, server_name(engine.url), endpoint, thread, origin)
             taken = None
             # A session ends with the context that it belongs to, which may be another one.
             if has_app_context() and not by_session:
@@ -177,9 +178,15 @@ def status(
     return PoolStatus(bind_key, role, server, in_use, idle, limit, watch.holders(pool))
 
 
-def tell_when_exhausted(
-    engine: sa.Engine, watch: NoWatch, bind_key: str | None, server: str
-) -> None:
+def has_room(pool: sa.Pool) -> bool:
+    """Whether a pool has a connection, or may open one, so that nobody has to wait. No I/O."""
+    if not isinstance(pool, sa.QueuePool):
+        return True
+    limit = _limit(pool)
+    return limit is None or pool.checkedout() < limit
+
+
+def tell_when_exhausted(engine: sa.Engine, watch: NoWatch, bind_key: str | None) -> None:
     """Have an engine's pool raise :exc:`.PoolExhausted`, which says who holds its connections."""
     pool_class = type(engine.pool)
     if not issubclass(pool_class, sa.QueuePool):  # others never wait
@@ -200,6 +207,7 @@ def tell_when_exhausted(
                     with contextlib.suppress(sa.exc.TimeoutError):  # another thread was faster
                         return get(self)
                 holders = [str(holder) for holder in watch.holders(self)]
+                server = server_name(engine.url)
                 raise PoolExhausted(bind_key, server, _limit(self) or 0, holders) from error
 
         def recreate(self) -> sa.Pool:

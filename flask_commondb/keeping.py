@@ -125,8 +125,6 @@ class _Kept:
         clock: t.Callable[[], float],
     ) -> None:
         self._engine = weakref.ref(engine)
-        url = engine.url
-        self._server = server_name(url) if url.host else url.get_backend_name()
         self._answers = answers
         self._min_size = min_size
         self._max_idle = math.inf if max_idle is None else max_idle
@@ -158,9 +156,9 @@ class _Kept:
             self._close_idle(slots, minimum)
             if self.retry_at <= self._clock():
                 self._keep_warm(engine, slots, minimum)
-                self._report_success()
+                self._report_success(engine)
         except Exception as error:
-            self._report_failure(error)
+            self._report_failure(engine, error)
         return self._pause(slots, minimum)
 
     def _begin(self, slots: _Slots) -> bool:
@@ -268,7 +266,7 @@ class _Kept:
         pause = min(due, default=math.inf) - now
         return None if pause == math.inf else max(pause, _SOON)
 
-    def _report_failure(self, error: Exception) -> None:
+    def _report_failure(self, engine: sa.Engine, error: Exception) -> None:
         self._failures += 1
         first, longest = _RETRY
         pause = min(first * 2 ** min(self._failures - 1, 16), longest)
@@ -279,14 +277,19 @@ class _Kept:
             _logger.warning(
                 "The idle connections of %s cannot be looked after (%s). This is tried again,"
                 " less and less often.",
-                self._server,
+                _name_of(engine),
                 f"{type(error).__name__} {code}".strip(),
             )
 
-    def _report_success(self) -> None:
+    def _report_success(self, engine: sa.Engine) -> None:
         if self._failures:
             self._failures = 0
-            _logger.info("The idle connections of %s are looked after again.", self._server)
+            _logger.info("The idle connections of %s are looked after again.", _name_of(engine))
+
+
+def _name_of(engine: sa.Engine) -> str:
+    url = engine.url  # of the server that it leads to now
+    return server_name(url) if url.host else url.get_backend_name()
 
 
 class _Slots:

@@ -23,6 +23,7 @@ from .capabilities import why_impossible
 from .capabilities import why_wrong
 from .dialects import FAMILIES
 from .errors import ConfigError
+from .sources import OF_ONE_BIND
 from .sources import OF_ONE_SERVER
 from .sources import Layer
 from .sources import Sources
@@ -116,6 +117,11 @@ def check_defaults(
             yield from _check_section(layer, name, engines)
 
 
+def maker_of(sources: Sources) -> str | None:
+    """The option by which the user's own connections are made, ``None`` if there is none."""
+    return _capabilities(sources).maker
+
+
 def nearest(name: t.Any, known: t.Iterable[str]) -> str:
     """A question for the end of a sentence about a name that does not exist; may be empty."""
     matches = difflib.get_close_matches(str(name), sorted(map(str, known)), n=1)
@@ -149,7 +155,7 @@ def _taken(layer: Layer, engine: Capabilities, mistakes: list[str]) -> dict[str,
     """What of a layer goes into the engine."""
     taken = {}
     for name, value in layer.options.items():
-        if name in ("url", "replicas"):
+        if name in OF_ONE_BIND and layer.whose == "an engine":  # a replica has none of these
             continue
         wrong = why_wrong(name, value) or engine.why_twice(name, layer.options)
         if wrong is not None:

@@ -23,10 +23,15 @@ from . import liveness
 from .dialects import CurrentLimits
 from .dialects import Generic
 from .dialects import Limits
+from .dialects import Position
 from .dialects import dialect_for
+from .dialects import uncounted
 from .errors import TwoPhaseNotSupported
 from .executing import Executor
+from .executing import Traffic
+from .holders import has_room
 from .options import PoolSettings
+from .patience import Patience
 
 #: A replica's engine always has this. Each SELECT sees the newest data, and nothing stays open.
 REPLICA_ISOLATION = "AUTOCOMMIT"
@@ -39,6 +44,7 @@ def prepare(
     limits: CurrentLimits,
     *,
     has_replicas: bool = False,
+    is_watched: bool = False,
 ) -> None:
     """Make a primary's engine ready. Called once, before its first connection.
 
@@ -47,17 +53,23 @@ def prepare(
     :param bind_key: the bind.
     :param limits: what the caller allows to a statement at the moment.
     :param has_replicas: whether reads will go elsewhere.
+    :param is_watched: whether it is found out that a server which says nothing is dead. Else a
+        statement waits for it.
     """
     dialect = _prepare(engine, settings, bind_key, limits, is_primary=True)
+    if is_watched:
+        dialect.be_patient(Patience(engine, dialect))
     if has_replicas:
-
-        @sa.event.listens_for(engine, "connect")
-        def connect(dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
-            dialect.prepare_primary(dbapi_connection)
+        _prepare_connections(engine, dialect)
 
 
 def prepare_replica(
-    engine: sa.Engine, settings: PoolSettings, bind_key: str | None, limits: CurrentLimits
+    engine: sa.Engine,
+    settings: PoolSettings,
+    bind_key: str | None,
+    limits: CurrentLimits,
+    timed: t.Callable[[float], None] | None = None,
+    on_dead: t.Callable[[], None] | None = None,
 ) -> None:
     """Make a replica's engine ready: read-only by the server's hand, and silent at the end.
 
@@ -66,8 +78,12 @@ def prepare_replica(
 
     :param engine: an engine with the isolation level :data:`REPLICA_ISOLATION`. The others as for
         :func:`prepare`.
+    :param timed: is told how many seconds each statement has taken.
+    :param on_dead: is told each time that the server, which says nothing to a statement, says
+        nothing to a knock either.
     """
-    dialect = _prepare(engine, settings, bind_key, limits, is_primary=False)
+    dialect = _prepare(engine, settings, bind_key, limits, is_primary=False, timed=timed)
+    dialect.be_patient(Patience(engine, dialect, on_dead))
     engine.dialect.do_commit = engine.dialect.do_rollback = _nothing  # type: ignore[method-assign]
     if not dialect.streams_in_autocommit:
         engine.dialect.supports_server_side_cursors = False
@@ -82,6 +98,92 @@ def prepare_replica(
         # and a result that is still being read would go on reading the next user's socket.
         if dialect.is_left_open(dbapi_connection):
             entry.invalidate()
+
+
+def expect_replicas(engine: sa.Engine) -> None:
+    """The engine of a primary that has had no replicas yet will have some."""
+    dialect = dialect_for(engine)
+    _prepare_connections(engine, dialect)
+    if dialect.is_local:  # the file is what has to be prepared
+        engine.dispose()
+
+
+def is_local(engine: sa.Engine) -> bool:
+    """Whether the engine's database is part of this process."""
+    return dialect_for(engine).is_local
+
+
+def warm(engine: sa.Engine) -> None:
+    """Have the engine's pool hold a connection that the server answers on.
+
+    :raises sqlalchemy.exc.DBAPIError: if the server cannot be reached.
+    """
+    with engine.connect() as connection:
+        if not dialect_for(engine).answers(t.cast(t.Any, _drivers_own(connection))):
+            connection.invalidate()
+            raise sa.exc.DisconnectionError("The server does not answer on a new connection.")
+
+
+def position(connection: sa.Connection) -> Position | None:
+    """How far a replica is, asked on a connection that is checked out; ``None`` if it says nothing.
+
+    One round trip, which is no use of the connection, and is counted apart.
+    """
+    dbapi_connection = _drivers_own(connection)
+    if dbapi_connection is None:
+        return None
+    try:
+        return _ask_position(connection.engine, dbapi_connection)
+    except connection.dialect.loaded_dbapi.Error as error:
+        connection.invalidate(error)
+        return None
+
+
+def primary_position(engine: sa.Engine) -> Position | None:
+    """How far a primary is; ``None`` if it cannot be asked now, as all its connections are in use.
+
+    Two round trips: it ends the transaction that some drivers begin for a question.
+    """
+    if not has_room(engine.pool):
+        return None
+    try:
+        proxied = engine.raw_connection()
+    except (sa.exc.SQLAlchemyError, engine.dialect.loaded_dbapi.Error):
+        return None
+    try:
+        return _ask_position(engine, t.cast(t.Any, proxied.dbapi_connection))
+    except engine.dialect.loaded_dbapi.Error as error:
+        proxied.invalidate(error)
+        return None
+    finally:
+        with contextlib.suppress(Exception):
+            proxied.close()
+
+
+def retire(engine: sa.Engine) -> None:
+    """Close the engine's connections: what is idle now, what is in use when it comes back."""
+
+    @sa.event.listens_for(engine, "checkin")
+    def checkin(dbapi_connection: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+        if dbapi_connection is not None:
+            entry.invalidate()
+
+    engine.dispose()
+
+
+def traffic(engine: sa.Engine) -> Traffic:
+    """What was sent to the engine's server by this process."""
+    found = _executors.get(engine.dialect)
+    executor = None if found is None else found()
+    return Traffic(0, 0) if executor is None else executor.traffic
+
+
+def count_probe(engine: sa.Engine) -> None:
+    """The engine's server was asked something that nobody else has asked for."""
+    found = _executors.get(engine.dialect)
+    executor = None if found is None else found()
+    if executor is not None:
+        executor.probes.add()
 
 
 def is_usable(connection: sa.Connection) -> bool:
@@ -251,11 +353,12 @@ def _prepare(
     limits: CurrentLimits,
     *,
     is_primary: bool,
+    timed: t.Callable[[float], None] | None = None,
 ) -> Generic:
     dialect = dialect_for(engine, Limits(settings.statement_timeout, settings.lock_timeout))
     dialect.install(engine, limits)
     forks.guard(engine, is_local=dialect.is_local)
-    executor = Executor(dialect, bind_key, limits, is_primary)
+    executor = Executor(dialect, bind_key, limits, is_primary, timed)
     executor.install(engine)
     _executors[engine.dialect] = weakref.ref(executor)
     keeping.keep(
@@ -270,6 +373,18 @@ def _prepare(
         if not settings.recycle_is_given:
             liveness.stay_below_idle_limit(engine, dialect)
     return dialect
+
+
+def _prepare_connections(engine: sa.Engine, dialect: Generic) -> None:
+    @sa.event.listens_for(engine, "connect")
+    def connect(dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+        dialect.prepare_primary(dbapi_connection)
+
+
+def _ask_position(engine: sa.Engine, dbapi_connection: t.Any) -> Position:
+    count_probe(engine)
+    with uncounted(dbapi_connection):
+        return dialect_for(engine).position(dbapi_connection)
 
 
 def _drivers_own(connection: sa.Connection) -> DBAPIConnection | None:

@@ -1,21 +1,40 @@
 """The replicas of one bind, and which of them serves next.
 
-Owns: :class:`Replica`, :class:`ReplicaSet`, the policy, and the pause after a failed connect.
+Owns: :class:`Replica` with all that is known of it, :class:`ReplicaSet`, the order of zones, and
+the limit of reads that fall back to the primary.
 
 Must not: connect, know Flask, or look at the real clock: one is injected.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import random
+import os
 import time
 import typing as t
 
 import sqlalchemy as sa
 
-#: Seconds for which a replica that could not be reached is left alone.
-PAUSE = 5.0
+from .breakers import Breaker
+from .holders import has_room
+from .policies import Policy
+from .policies import fastest_of_two
+from .positions import Positions
+
+#: Of so many statements the fastest is what a replica's latency is taken for: one that is slow by
+#: itself says nothing of the server.
+SAMPLES = 3
+
+#: Seconds after which an old latency counts half, so that a replica that was slow is tried again.
+HALF_LIFE = 0.75
+
+#: Seconds; no latency counts for more.
+SLOWEST = 2.0
+
+#: Seconds: a replica that was found behind is not asked again before, or before a quarter of what
+#: it may be behind.
+LOOK_AGAIN = 1.0
 
 
 @dataclasses.dataclass(eq=False)
@@ -26,51 +45,210 @@ class Replica:
     :param name: what it is called in logs and pages; never with a user or a password.
     :param engine: its engine, whose connections are read-only.
     :param weight: its share of the reads, relative to the others.
+    :param zone: where it stands, for ``COMMONDB_ZONES``.
+    :param url: as it was given, by which it is known when it is given once more.
     :param streaming: its engine for results that are read while they arrive, if that is another.
+    :param clock: returns seconds that only ever grow.
     """
 
     bind_key: str | None
     name: str
     engine: sa.Engine
     weight: float = 1
+    zone: str | None = None
+    url: sa.URL | None = dataclasses.field(default=None, repr=False)
     streaming: sa.Engine | None = None
-    #: When it may be tried again, on the set's clock. Written and read as one value: no lock.
-    paused_until: float = dataclasses.field(default=float("-inf"), repr=False)
+    clock: t.Callable[[], float] = dataclasses.field(default=time.monotonic, repr=False)
+    breaker: Breaker = dataclasses.field(init=False, repr=False)
+    #: Whether no further unit of work is to begin there.
+    is_draining: bool = False
+    #: Whether nothing is to go there any more.
+    is_removed: bool = False
+    #: Whether its server is the bind's primary at present.
+    is_primary: bool = False
+    #: Where the policy :func:`.round_robin` stands.
+    credit: float = dataclasses.field(default=0, repr=False)
+    #: Up to which time it is known to have all that was committed, on the clock.
+    current_at: float = dataclasses.field(default=float("-inf"), repr=False)
+    #: When it was last found to be behind.
+    _behind_at: float = dataclasses.field(default=float("-inf"), repr=False)
+    #: The trials of its breaker that are under way: see :mod:`.probing`.
+    knocks: list[t.Any] = dataclasses.field(default_factory=list, repr=False)
+    _timed_at: float = dataclasses.field(default=float("-inf"), repr=False)
+    #: The process that renews the proof of its position.
+    _renewing: dict[int, object] = dataclasses.field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        self.breaker = Breaker(self.clock)
+        self._samples: collections.deque[float] = collections.deque(maxlen=SAMPLES)
 
-#: A policy takes the candidates, of which there is at least one, and returns the one to use.
-Policy = t.Callable[[t.Sequence[Replica]], Replica]
+    @property
+    def in_use(self) -> int:
+        """How many of its connections are checked out in this process."""
+        pool = self.engine.pool
+        return pool.checkedout() if isinstance(pool, sa.QueuePool) else 0
 
+    @property
+    def has_room(self) -> bool:
+        """Whether its pool has a connection, or may open one."""
+        return has_room(self.engine.pool)
 
-def weighted_random(candidates: t.Sequence[Replica]) -> Replica:
-    """A random candidate, each as often as its weight says."""
-    return random.choices(candidates, [candidate.weight for candidate in candidates])[0]
+    @property
+    def latency(self) -> float:
+        """How many seconds a statement takes there, as it looks at present; 0 if not known."""
+        try:
+            fastest = min(self._samples)
+        except (ValueError, RuntimeError):  # none yet, or another thread adds one
+            return 0.0
+        age = max(0.0, self.clock() - self._timed_at)
+        return float(min(fastest, SLOWEST) * 0.5 ** (age / HALF_LIFE))
+
+    def time(self, seconds: float) -> None:
+        """A statement has taken so long there."""
+        self._samples.append(seconds)
+        self._timed_at = self.clock()
+
+    def is_current(self, max_lag: float) -> bool:
+        """Whether it is known to be no more than so many seconds behind."""
+        return self.clock() - self.current_at <= max_lag
+
+    def is_behind(self, max_lag: float) -> bool:
+        """Whether it was found to be further behind, just now."""
+        pause = min(max_lag / 4, LOOK_AGAIN)
+        return not self.is_current(max_lag) and self.clock() - self._behind_at < pause
+
+    def found_behind(self) -> None:
+        """It could not be proved to be current enough."""
+        self._behind_at = self.clock()
+
+    def claim_renewal(self, max_lag: float) -> bool:
+        """Whether the caller is to renew the proof that it is current, before it grows too old.
+
+        He then calls :meth:`end_renewal`.
+        """
+        if self.clock() - self.current_at <= max_lag / 2:
+            return False
+        mine = object()
+        return self._renewing.setdefault(os.getpid(), mine) is mine
+
+    def end_renewal(self) -> None:
+        """Others may renew it, when it is time."""
+        self._renewing.clear()
 
 
 class ReplicaSet:
     """All replicas of one bind.
 
     :param replicas: in the order of the configuration.
-    :param policy: picks among those that are not paused.
-    :param clock: returns seconds that only ever grow.
+    :param policy: picks among those that can be used.
+    :param zones: in the order of preference; a replica in none of them comes last.
+    :param max_lag: how many seconds a replica may be behind; ``None``: any.
+    :param fallback: where reads go when no replica serves: ``"primary"``, ``"stale"`` or
+        ``"error"``.
+    :param fallback_limit: how many units of work may read from the primary at once for want of a
+        replica; ``None``: as many as its pool has connections.
     """
 
     def __init__(
         self,
-        replicas: t.Sequence[Replica],
-        policy: Policy = weighted_random,
-        clock: t.Callable[[], float] = time.monotonic,
+        replicas: t.Iterable[Replica] = (),
+        policy: Policy = fastest_of_two,
+        zones: t.Sequence[str] = (),
+        max_lag: float | None = None,
+        fallback: str = "primary",
+        fallback_limit: int | None = None,
     ) -> None:
+        #: Replaced, never changed: others may be looking through it.
         self.replicas = tuple(replicas)
+        self.max_lag = max_lag
+        self.fallback = fallback
+        self.slots = Slots(fallback_limit)
+        self.positions = Positions()
         self._policy = policy
-        self._clock = clock
+        self._zones = {zone: rank for rank, zone in enumerate(zones)}
 
-    def choose(self) -> Replica | None:
-        """A replica for one unit of work, or ``None`` when all are paused. No I/O."""
-        now = self._clock()
-        candidates = [replica for replica in self.replicas if replica.paused_until <= now]
-        return self._policy(candidates) if candidates else None
+    def choose(
+        self, max_lag: float | None = None, tried: t.Container[Replica] = ()
+    ) -> Replica | None:
+        """A replica for one unit of work, ``None`` when none can be used. No I/O.
 
-    def pause(self, replica: Replica) -> None:
-        """Leave a replica alone for :data:`PAUSE` seconds: it could not be reached."""
-        replica.paused_until = self._clock() + PAUSE
+        Those of the first zone are used as long as one of them can be, and has connections left.
+
+        :param max_lag: leave out those that were found further behind.
+        :param tried: leave these out as well.
+        """
+        candidates = [
+            replica
+            for replica in self.replicas
+            if self.is_up(replica)
+            and replica not in tried
+            and not (max_lag is not None and replica.is_behind(max_lag))
+        ]
+        if not candidates:
+            return None
+        if self._zones or len(candidates) > 1:
+            candidates = self._nearest([each for each in candidates if each.has_room] or candidates)
+        chosen = self._policy(candidates)
+        if chosen not in candidates:
+            raise TypeError(
+                f"The policy {getattr(self._policy, '__name__', self._policy)!r} must return one of"
+                f" the replicas that it is given, not {chosen!r}."
+            )
+        return t.cast(Replica, chosen)
+
+    def is_up(self, replica: Replica) -> bool:
+        """Whether a unit of work may begin there."""
+        is_out = replica.is_draining or replica.is_removed or replica.is_primary
+        return replica.breaker.is_closed and not is_out
+
+    def why_none(self) -> str:
+        """Why :meth:`choose` has found none: ``"replica_down"``, or ``"lag"`` if one is up."""
+        return "lag" if any(map(self.is_up, self.replicas)) else "replica_down"
+
+    def add(self, replica: Replica) -> None:
+        """Use one more."""
+        self.replicas = (*self.replicas, replica)
+
+    def remove(self, replica: Replica) -> None:
+        """Use one no more, not even for the units of work that read from it now."""
+        replica.is_removed = True
+        self.replicas = tuple(each for each in self.replicas if each is not replica)
+
+    def _nearest(self, candidates: list[Replica]) -> list[Replica]:
+        last = len(self._zones)
+        ranks = [self._zones.get(replica.zone or "", last) for replica in candidates]
+        nearest = min(ranks)
+        return [each for each, rank in zip(candidates, ranks, strict=True) if rank == nearest]
+
+
+class Slots:
+    """How many units of work may do something at once, in one process.
+
+    :param limit: ``None`` for any number.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        #: Those that are free, by process: what a fork's parent has taken is not the child's.
+        self._free: dict[int, collections.deque[object]] = {}
+
+    def take(self) -> object | None:
+        """A slot, or ``None`` if there is none left."""
+        if self.limit is None:
+            return object()
+        try:
+            return self._of_process().pop()
+        except IndexError:
+            return None
+
+    def give_back(self, slot: object) -> None:
+        """The slot is free again."""
+        if self.limit is not None:
+            self._of_process().append(slot)
+
+    def _of_process(self) -> collections.deque[object]:
+        free = self._free.get(os.getpid())
+        if free is None:
+            slots = collections.deque(object() for _ in range(self.limit or 0))
+            free = self._free.setdefault(os.getpid(), slots)
+        return free

@@ -1,7 +1,7 @@
 """Where a statement goes: rules 1 to 8, in :meth:`RoutingSession.get_bind`.
 
-Owns: the role of a unit of work on each bind, the session class that routes, and the replica
-connections that a session holds.
+Owns: the session class that routes, and what it knows of the statement and of its transaction.
+Rules 4 to 7 are :func:`.router.decide`, rule 8 is :mod:`.reading`.
 
 Must not: parse SQL text, hold a lock, or keep anything that outlives its session, context or scope.
 
@@ -20,16 +20,14 @@ The rules:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
 import functools
-import logging
+import math
+import time
 import typing as t
-import weakref
 
 import sqlalchemy as sa
 import sqlalchemy.orm as sa_orm
-from flask import Flask
 from flask import has_request_context
 from flask import request
 from flask_sqlalchemy.session import Session as UpstreamSession
@@ -37,31 +35,30 @@ from flask_sqlalchemy.session import Session as UpstreamSession
 from . import pools
 from . import procedures
 from . import signals
-from .commits import Place
 from .commits import abandon
 from .commits import commit_in_order
+from .errors import NoReplicaError
 from .errors import UnknownBindError
 from .errors import WrongBindError
-from .holders import NoWatch
 from .identities import ForeignBind
 from .identities import KeepsApart
-from .naming import server_name
-from .replicas import PAUSE
+from .reading import Need
+from .reading import ReplicaReads
 from .replicas import Replica
 from .replicas import ReplicaSet
-from .scopes import scope_role
+from .router import Route
+from .router import Router
+from .router import Unit
+from .router import Verdict
+from .router import decide
+from .scopes import Said
+from .scopes import said_of_reads
 from .statements import Facts
-from .statements import Reader
 from .statements import mapper_owners
 from .statements import single_owner
 
 if t.TYPE_CHECKING:
     from .extension import CommonDB
-
-_logger = logging.getLogger("flask_commondb")
-
-#: The methods of a request that only reads.
-READ_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "QUERY"})
 
 
 class AllBinds(enum.Enum):
@@ -73,82 +70,10 @@ class AllBinds(enum.Enum):
 ALL_BINDS: t.Final = AllBinds.ALL_BINDS
 
 
-@dataclasses.dataclass(frozen=True)
-class Router:
-    """What routing needs to know of one app. Made by ``init_app``, the same for every request.
-
-    :param app: whose it is.
-    :param engines: the engines of all binds.
-    :param reader: finds out whether a statement is a read.
-    :param by_method: whether rule 6 applies.
-    :param watch: who holds the app's connections.
-    """
-
-    app: weakref.ref[Flask]
-    engines: t.Mapping[str | None, sa.Engine]
-    reader: Reader
-    by_method: bool
-    watch: NoWatch
-    #: For each bind that has replicas.
-    replica_sets: dict[str | None, ReplicaSet] = dataclasses.field(default_factory=dict)
-    #: The same replicas, by their engines.
-    replicas: dict[t.Any, Replica] = dataclasses.field(default_factory=dict)
-    #: What the primaries of these binds are called.
-    primaries: dict[str | None, str] = dataclasses.field(default_factory=dict)
-
-    def add(self, bind_key: str | None, primary: str, replicas: t.Sequence[Replica]) -> None:
-        """Route the reads of a bind to replicas; called while the app is initialized."""
-        self.replica_sets[bind_key] = ReplicaSet(replicas)
-        self.replicas.update({replica.engine: replica for replica in replicas})
-        self.primaries[bind_key] = primary
-
-    def bind_key_of(self, engine: sa.Engine, default: str | None = None) -> str | None:
-        """The bind that an engine leads to, also when it has execution options of its own."""
-        replica = self.replicas.get(engine)
-        if replica is not None:
-            return replica.bind_key
-        for bind_key, known in self.engines.items():
-            if known.engine.pool is engine.pool:
-                return bind_key
-        return default
-
-    def servers(self) -> t.Iterator[tuple[sa.Engine, str | None, str, str]]:
-        """For each server its engine, bind key, role and name; a primary before its replicas."""
-        for bind_key, engine in self.engines.items():
-            yield engine, bind_key, "primary", server_name(engine.engine.url)
-            if bind_key in self.replica_sets:
-                for replica in self.replica_sets[bind_key].replicas:
-                    yield replica.engine, bind_key, "replica", replica.name
-
-    def place_of(self, connection: sa.Connection) -> Place:
-        """Where a connection stands in a commit: the default bind first, then as configured.
-
-        Last comes an engine of the caller's own, which is called by its server's name.
-        """
-        bind_key = self.bind_key_of(connection.engine, server_name(connection.engine.url))
-        keys = sorted(self.engines, key=lambda key: key is not None)
-        return Place(keys.index(bind_key) if bind_key in keys else len(keys), bind_key)
-
-
-@dataclasses.dataclass
-class BindRole:
-    """Where one unit of work stands on one bind that has replicas.
-
-    :param replica: the one it reads from, once chosen.
-    :param has_read: whether anything was read from it.
-    :param pinned: why the unit stays on the primary, ``None`` as long as it may read elsewhere.
-    """
-
-    replica: Replica | None = None
-    has_read: bool = False
-    pinned: str | None = None
-
-
 class RoutingSession(KeepsApart, UpstreamSession):
     """The session of ``db.session`` and of ``db.sessions[key]``.
 
-    A replica's connection is the session's own, beside its transaction: commit and rollback do
-    not know of it, so it cannot change what they report.
+    What it reads from a replica stands beside its transaction: see :class:`.ReplicaReads`.
     """
 
     #: The bind that it is for; :data:`ALL_BINDS` for ``db.session``.
@@ -160,17 +85,14 @@ class RoutingSession(KeepsApart, UpstreamSession):
     #: Whether the last transaction was committed, whatever a listener raised after that.
     has_committed = False
 
-    #: Whether its results are read while they arrive: see :mod:`.streams`.
-    is_stream = False
-
     _db: CommonDB
 
     def __init__(self, db: CommonDB, **kwargs: t.Any) -> None:
         super().__init__(db, **kwargs)
-        #: The roles of the unit of work, by bind key; all sessions of a context share them.
-        self.roles: dict[str | None, BindRole] = {}
-        #: The replica connections, by bind key.
-        self.replica_connections: dict[str | None, sa.Connection] = {}
+        #: Where the unit of work stands, by bind key; all sessions of a context share that.
+        self.units: dict[str | None, Unit] = {}
+        #: Its connections to replicas.
+        self.replica_reads = ReplicaReads()
         self._flushed: set[str | None] = set()
 
     @functools.cached_property
@@ -179,12 +101,12 @@ class RoutingSession(KeepsApart, UpstreamSession):
         return self._db.router
 
     def join_context(
-        self, bind_key: str | AllBinds | None, router: Router, roles: dict[str | None, BindRole]
+        self, bind_key: str | AllBinds | None, router: Router, units: dict[str | None, Unit]
     ) -> None:
         """Make it a session of a context, for one bind or for all."""
         self.bind_key = bind_key
         self.router = router
-        self.roles = roles
+        self.units = units
 
     def get_bind(
         self,
@@ -229,30 +151,22 @@ class RoutingSession(KeepsApart, UpstreamSession):
         """The engine of the bind that owns a statement's tables, wherever it will be read."""
         return self.primary(self._owner(None, self.router.reader.facts(statement)))
 
-    def role(self, bind_key: str | None) -> BindRole:
+    def unit(self, bind_key: str | None) -> Unit:
         """Where the unit of work stands on a bind."""
-        role = self.roles.get(bind_key)
-        return self.roles.setdefault(bind_key, BindRole()) if role is None else role
-
-    def pin(self, bind_key: str | None, reason: str) -> None:
-        """Keep the unit of work on the primary of a bind for the rest of its life.
-
-        :param reason: why, in the words of :data:`.signals.routed`.
-        """
-        role = self.role(bind_key)
-        role.pinned = role.pinned or reason
+        unit = self.units.get(bind_key)
+        return self.units.setdefault(bind_key, Unit(bind_key)) if unit is None else unit
 
     def pin_all(self, reason: str) -> None:
-        """:meth:`pin` this session's bind, or all binds that have replicas.
+        """:meth:`.Unit.pin` the unit of work on this session's bind, or on all with replicas.
 
         What was read from a replica is expired, so that no change is computed from old values.
         """
         is_stale = False
-        for bind_key in self.router.replica_sets:
+        for bind_key in list(self.router.replica_sets):
             if self.bind_key in (ALL_BINDS, bind_key):
-                role = self.role(bind_key)
-                is_stale = is_stale or (role.has_read and role.pinned is None)
-                self.pin(bind_key, reason)
+                unit = self.unit(bind_key)
+                is_stale = is_stale or (unit.reads > 0 and unit.pinned is None)
+                unit.pin(reason)
         if is_stale:
             for instance in self.identity_map.values():
                 if not self.is_modified(instance) and instance not in self.deleted:
@@ -269,7 +183,31 @@ class RoutingSession(KeepsApart, UpstreamSession):
 
     def all_connections(self) -> list[sa.Connection]:
         """:meth:`own_connections`, and those to replicas."""
-        return [*self.own_connections(), *self.replica_connections.values()]
+        return [*self.own_connections(), *self.replica_reads.connections.values()]
+
+    def route(self, statement: t.Any) -> Route:
+        """Where a statement would go: see :meth:`.CommonDB.explain_route`. Changes nothing."""
+        facts = self.router.reader.facts(statement)
+        bind_key = self._owner(None, facts)
+        self.primary(bind_key)  # or there is no such bind
+        primary = self.router.primary_name(bind_key)
+        replicas = self.router.replica_sets.get(bind_key)
+        if replicas is None:
+            return Route(bind_key, "primary", primary, "no_replicas", 3)
+        unit = self.units.get(bind_key, Unit(bind_key))
+        said = said_of_reads(self._db, bind_key)
+        verdict = self._decide(unit, facts, said)
+        if verdict.reason is not None:
+            return Route(bind_key, "primary", primary, verdict.reason, verdict.rule)
+        need = _need(replicas, said)
+        replica = unit.replica or replicas.choose(need.max_lag)
+        if replica is None and need.fallback == "stale":
+            replica = replicas.choose()
+        if replica is None:
+            role, server = ("primary", primary) if need.fallback == "primary" else ("refused", "")
+            return Route(bind_key, role, server, replicas.why_none(), 8)
+        reason = "read" if said.role is None else "scope"
+        return Route(bind_key, "replica", replica.name, reason, verdict.rule)
 
     def connection(
         self,
@@ -284,8 +222,7 @@ class RoutingSession(KeepsApart, UpstreamSession):
         arguments = dict(bind_arguments or {})
         if "bind" not in arguments and self.router.replica_sets:
             bind_key = self._owner(arguments.get("mapper"), None)
-            if bind_key in self.router.replica_sets:
-                arguments["bind"] = self._engine_for_unseen_work(bind_key)
+            arguments["bind"] = self._engine_for_unseen_work(bind_key)
         return super().connection(arguments, execution_options)
 
     def callproc(
@@ -347,20 +284,25 @@ class RoutingSession(KeepsApart, UpstreamSession):
             self._autobegin_t()
         return super().begin(nested)
 
-    def release_replica_connections(self) -> None:
-        """Give the replica connections back to their pools. No I/O, and raises no Exception."""
-        while self.replica_connections:
-            bind_key, connection = self.replica_connections.popitem()
-            error = pools.close(connection)
-            if error is not None:
-                _logger.warning(
-                    "A replica connection of bind %r was thrown away: %s", bind_key, error
-                )
-
     def _execute_internal(self, statement: t.Any, params: t.Any = None, **kwargs: t.Any) -> t.Any:
         # SQLAlchemy says neither clause nor mapper of a union of models, and of a bare function.
         kwargs["bind_arguments"] = {"clause": statement, **(kwargs.get("bind_arguments") or {})}
-        return super()._execute_internal(statement, params, **kwargs)
+        while True:
+            started = time.monotonic()
+            try:
+                return super()._execute_internal(statement, params, **kwargs)
+            except sa.exc.DBAPIError as error:
+                if not error.connection_invalidated or not self._has_lost_replica(started):
+                    raise
+
+    def _has_lost_replica(self, started: float) -> bool:
+        """Whether a statement is to be tried once more, on another replica or on the primary."""
+        seconds = time.monotonic() - started
+        lost = [
+            self.replica_reads.lost(self.unit(bind_key), seconds)
+            for bind_key in list(self.replica_reads.connections)
+        ]
+        return any(lost)
 
     def _refuse_foreign_expressions(self) -> None:
         """A flush does not show the SQL expressions that it writes.
@@ -394,19 +336,41 @@ class RoutingSession(KeepsApart, UpstreamSession):
             if bind_key is None:  # no default bind, and nothing that says which
                 return super().get_bind(mapper=mapper, clause=clause, **kwargs)
             raise UnknownBindError(bind_key, engines)
-        if bind_key not in router.replica_sets:  # rule 3
+        replicas = router.replica_sets.get(bind_key)
+        if replicas is None:  # rule 3
             return engines[bind_key]
-
-        role = self.role(bind_key)
-        reason = self._reason_for_primary(bind_key, role, facts)  # rules 4 to 7
-        if reason is None:
-            role.replica = role.replica or router.replica_sets[bind_key].choose()  # rule 8
-            if role.replica is not None:
-                return role.replica.engine
-            role.pinned = reason = "replica_down"
+        unit = self.unit(bind_key)
+        said = said_of_reads(self._db, bind_key)
+        verdict = self._decide(unit, facts, said)  # rules 4 to 7
+        if verdict.reason is None:  # rule 8, as far as it takes no I/O
+            return self._replica_for(unit, replicas, said)
+        if verdict.pins:
+            unit.pin(verdict.reason)
+        elif verdict.is_fallback:
+            self._fall_back(unit, replicas, said, verdict.reason)
         if clause is not None or self._is_first_of_flush(bind_key):
-            _send_routed(bind_key, "primary", router.primaries[bind_key], reason)
+            self._tell(bind_key, "primary", router.primary_name(bind_key), verdict.reason)
         return engines[bind_key]
+
+    def _decide(self, unit: Unit, facts: Facts | None, said: Said) -> Verdict:
+        method = request.method if self.router.by_method and has_request_context() else None
+        return decide(unit, facts, said, method, is_flush=self._flushing)
+
+    def _replica_for(self, unit: Unit, replicas: ReplicaSet, said: Said) -> sa.Engine:
+        """The engine of the unit's replica, which may turn out to be of no use when connected."""
+        if unit.replica is None:
+            need = _need(replicas, said)
+            unit.replica = replicas.choose(need.max_lag) or next(iter(replicas.replicas), None)
+            if unit.replica is None:  # the last one was removed just now
+                return self.primary(unit.bind_key)
+        return unit.replica.engine
+
+    def _fall_back(self, unit: Unit, replicas: ReplicaSet, said: Said, reason: str) -> None:
+        try:
+            self.replica_reads.fall_back(unit, replicas, _need(replicas, said), reason)
+        except NoReplicaError as error:
+            self._tell_refused(error)
+            raise
 
     def _is_first_of_flush(self, bind_key: str | None) -> bool:
         """SQLAlchemy asks several times for each mapper in a flush; it is signalled once."""
@@ -431,70 +395,51 @@ class RoutingSession(KeepsApart, UpstreamSession):
             raise WrongBindError(self.bind_key, owner[0], owners[owner[0]])
         return self.bind_key
 
-    def _reason_for_primary(
-        self, bind_key: str | None, role: BindRole, facts: Facts | None
-    ) -> str | None:
-        """Rules 4 to 7: why the primary answers, ``None`` if a replica may."""
-        if self._flushing:
-            self.pin(bind_key, "write")
-        if role.pinned is not None:  # rule 4, and what rule 7 has decided before
-            return role.pinned
-        scope = scope_role(self._db, bind_key)
-        if facts is None:
-            return "unknown"
-        if facts.not_read is not None and not (facts.is_text and scope == "replica"):  # rule 7
-            self.pin(bind_key, facts.not_read)
-            return facts.not_read
-        if scope is not None:  # rule 5
-            return None if scope == "replica" else "scope"
-        if self.router.by_method and has_request_context():  # rule 6
-            return None if request.method in READ_METHODS else "method"
-        return "default"
-
     def _engine_for_unseen_work(self, bind_key: str | None) -> sa.Engine:
         """The engine for work that is not shown to us as a statement."""
         primary = self.primary(bind_key)
         replicas = self.router.replica_sets.get(bind_key)
         if replicas is None:
             return primary
-        role = self.role(bind_key)
-        if role.pinned is None and scope_role(self._db, bind_key) == "replica":
-            role.replica = role.replica or replicas.choose()
-            if role.replica is not None:
-                return role.replica.engine
-            role.pinned = "replica_down"
+        unit = self.unit(bind_key)
+        said = said_of_reads(self._db, bind_key)
+        if unit.pinned is None and said.role == "replica":
+            return self._replica_for(unit, replicas, said)
         self._pin_and_tell(bind_key, "connection")
         return primary
 
     def _pin_and_tell(self, bind_key: str | None, reason: str) -> None:
         """For work that does not come through :meth:`get_bind`."""
         if bind_key in self.router.replica_sets:
-            self.pin(bind_key, reason)
-            name = self.router.primaries[bind_key]
-            _send_routed(bind_key, "primary", name, self.role(bind_key).pinned or reason)
+            unit = self.unit(bind_key)
+            unit.pin(reason)
+            name = self.router.primary_name(bind_key)
+            self._tell(bind_key, "primary", name, unit.pinned or reason)
+
+    def _tell(self, bind_key: str | None, role: str, server: str, reason: str) -> None:
+        signals.send(signals.routed, bind_key=bind_key, role=role, server=server, reason=reason)
+
+    def _tell_refused(self, error: NoReplicaError) -> None:
+        signals.send(signals.read_refused, bind_key=error.bind_key, error=error)
 
     def _connection_for_bind(
         self, engine: t.Any, execution_options: t.Any | None = None, **kwargs: t.Any
     ) -> sa.Connection:
         replica = self.router.replicas.get(engine)
-        if replica is None or self.role(replica.bind_key).replica is not replica:
+        unit = None if replica is None else self.unit(replica.bind_key)
+        if unit is None or unit.replica is not replica:
             # A primary's engine, or what the caller has given as a bind.
             given = super()._connection_for_bind(engine, execution_options, **kwargs)
             self._keep_order()
             return given
         # So that commit, rollback and expiry are what they are without replicas.
         self._autobegin_t()
-        connection = self._replica_connection(replica.bind_key)
+        connection = self._replica_connection(unit)
         if connection is None:
-            primary = self.primary(replica.bind_key)
-            name = self.router.primaries[replica.bind_key]
-            _send_routed(replica.bind_key, "primary", name, "replica_down")
+            primary = self.primary(unit.bind_key)
             given = super()._connection_for_bind(primary, execution_options, **kwargs)
             self._keep_order()
             return given
-        name = t.cast(Replica, self.role(replica.bind_key).replica).name
-        reason = "read" if scope_role(self._db, replica.bind_key) is None else "scope"
-        _send_routed(replica.bind_key, "replica", name, reason)
         if execution_options:
             if "isolation_level" in execution_options:
                 raise sa.exc.InvalidRequestError(
@@ -504,32 +449,25 @@ class RoutingSession(KeepsApart, UpstreamSession):
             connection = connection.execution_options(**execution_options)
         return connection
 
-    def _replica_connection(self, bind_key: str | None) -> sa.Connection | None:
-        """The connection to the unit's replica, made when needed; ``None``: use the primary.
-
-        A replica that cannot be reached is paused and the next one is tried, as long as nothing
-        was read. After that it is the same replica or the primary, which is never behind it.
-        """
-        connection = self.replica_connections.get(bind_key)
-        if connection is not None:
-            if pools.is_usable(connection):
-                return connection
-            pools.discard(self.replica_connections.pop(bind_key))
-        role = self.role(bind_key)
-        replicas = self.router.replica_sets[bind_key]
-        while role.replica is not None:
-            try:
-                connection = self._replica_engine(role.replica).connect()
-            except sa.exc.DBAPIError as error:
-                replicas.pause(role.replica)
-                _report_down(role.replica, error)
-                role.replica = None if role.has_read else replicas.choose()
-            else:
-                role.has_read = True
-                self.replica_connections[bind_key] = connection
-                return connection
-        self.pin(bind_key, "replica_down")
-        return None
+    def _replica_connection(self, unit: Unit) -> sa.Connection | None:
+        """Rule 8: the connection to the unit's replica; ``None``: use the primary."""
+        bind_key = unit.bind_key
+        replicas = self.router.replica_sets.get(bind_key) or ReplicaSet()
+        said = said_of_reads(self._db, bind_key)
+        need = _need(replicas, said)
+        primary = self.primary(bind_key)
+        try:
+            connection, is_stale = self.replica_reads.connection(unit, replicas, need, primary)
+        except NoReplicaError as error:
+            self._tell_refused(error)
+            raise
+        if connection is None:
+            name = self.router.primary_name(bind_key)
+            self._tell(bind_key, "primary", name, unit.pinned or "replica_down")
+            return None
+        reason = "fallback" if is_stale else "read" if said.role is None else "scope"
+        self._tell(bind_key, "replica", t.cast(Replica, unit.replica).name, reason)
+        return connection
 
     def _keep_order(self) -> None:
         """Commit the connections in order, if there are several by now."""
@@ -547,9 +485,6 @@ class RoutingSession(KeepsApart, UpstreamSession):
         # Each stands there once more, under its engine.
         return [(entry[0], entry[3]) for name, entry in entries.items() if name is entry[0]]
 
-    def _replica_engine(self, replica: Replica) -> sa.Engine:
-        return replica.streaming or replica.engine if self.is_stream else replica.engine
-
     def _given_or_own(self, bind_key: str | None) -> str | None:
         return bind_key if self.bind_key is ALL_BINDS else self.bind_key
 
@@ -564,8 +499,7 @@ def _note_commit(session: RoutingSession) -> None:
 def _transaction_ended(session: RoutingSession, transaction: sa_orm.SessionTransaction) -> None:
     if transaction.parent is None:
         session.may_have_written = False
-        if session.replica_connections:
-            session.release_replica_connections()
+        session.replica_reads.release()
 
 
 def _only_reads(clause: t.Any) -> bool:
@@ -573,17 +507,7 @@ def _only_reads(clause: t.Any) -> bool:
     return getattr(clause, "is_select", False) and getattr(clause, "_for_update_arg", None) is None
 
 
-def _report_down(replica: Replica, error: sa.exc.DBAPIError) -> None:
-    _logger.warning(
-        "Replica %s of bind %r cannot be reached and is left alone for %g seconds: %s",
-        replica.name,
-        replica.bind_key,
-        PAUSE,
-        error.orig,
-        extra={"bind_key": replica.bind_key, "server": replica.name},
-    )
-    signals.send(signals.replica_down, bind_key=replica.bind_key, server=replica.name, error=error)
-
-
-def _send_routed(bind_key: str | None, role: str, server: str, reason: str) -> None:
-    signals.send(signals.routed, bind_key=bind_key, role=role, server=server, reason=reason)
+def _need(replicas: ReplicaSet, said: Said) -> Need:
+    """What a read asks: what the scopes say goes before what the bind's settings say."""
+    max_lag = replicas.max_lag if said.max_lag is None else said.max_lag
+    return Need(None if max_lag == math.inf else max_lag, said.fallback or replicas.fallback)

@@ -1,7 +1,7 @@
 """What the caller says for a block: where reads go, and how long a statement may take.
 
 Owns: :class:`Scope` of ``db.primary()`` and ``db.replica()``, :class:`TimeLimit` of
-``db.timeout()``, and which of those that are entered counts for a bind.
+``db.timeout()``, and what those that are entered say of a bind.
 
 Must not: know sessions, requests or servers.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import functools
 import inspect
 import math
@@ -27,6 +28,22 @@ if t.TYPE_CHECKING:
 _F = t.TypeVar("_F", bound=t.Callable[..., t.Any])
 
 
+class Said(t.NamedTuple):
+    """What the scopes that are entered say of the reads of one bind; ``None``: nothing.
+
+    :param role: ``"primary"`` or ``"replica"``.
+    :param max_lag: how many seconds a replica may be behind.
+    :param fallback: where reads go when no replica serves.
+    """
+
+    role: str | None = None
+    max_lag: float | None = None
+    fallback: str | None = None
+
+
+NOTHING_SAID = Said()
+
+
 class Scope:
     """Says where reads go, inside a ``with`` block or a decorated function.
 
@@ -35,14 +52,21 @@ class Scope:
     entering has put there, and nothing else.
 
     :param db: whose binds.
-    :param role: ``"primary"`` or ``"replica"``.
+    :param said: what it says.
     :param bind_keys: the binds that it is about; none means all.
     """
 
-    def __init__(self, db: CommonDB, role: str, bind_keys: t.Collection[str | None] = ()) -> None:
+    def __init__(
+        self, db: CommonDB, said: Said = NOTHING_SAID, bind_keys: t.Collection[str | None] = ()
+    ) -> None:
         self._db = db
-        self.role = role
+        self.said = said
         self.bind_keys = frozenset(bind_keys)
+
+    @property
+    def role(self) -> str | None:
+        """Where reads go inside: ``"primary"`` or ``"replica"``."""
+        return self.said.role
 
     def __enter__(self) -> None:
         if self.bind_keys and has_app_context():
@@ -98,9 +122,10 @@ class Scope:
         self, generator: t.Generator[t.Any, t.Any, t.Any]
     ) -> t.Generator[t.Any, t.Any, t.Any]:
         """Run a generator in the scope, and what it yields to outside of it."""
+        inside: list[Scope] = []
         resume: t.Callable[[], t.Any] = functools.partial(next, generator)
         while True:
-            with self:
+            with self._turn(inside):
                 try:
                     item = resume()
                 except StopIteration as stop:
@@ -108,7 +133,7 @@ class Scope:
             try:
                 resume = functools.partial(generator.send, (yield item))
             except GeneratorExit:
-                with self:
+                with self._turn(inside):
                     generator.close()
                 raise
             except BaseException as error:
@@ -118,9 +143,10 @@ class Scope:
         self, generator: t.AsyncGenerator[t.Any, t.Any]
     ) -> t.AsyncGenerator[t.Any, t.Any]:
         """:meth:`_generate` for an asynchronous generator."""
+        inside: list[Scope] = []
         resume: t.Callable[[], t.Any] = functools.partial(generator.asend, None)
         while True:
-            with self:
+            with self._turn(inside):
                 try:
                     item = await resume()
                 except StopAsyncIteration:
@@ -128,11 +154,29 @@ class Scope:
             try:
                 resume = functools.partial(generator.asend, (yield item))
             except GeneratorExit:
-                with self:
+                with self._turn(inside):
                     await generator.aclose()
                 raise
             except BaseException as error:
                 resume = functools.partial(generator.athrow, error)
+
+    @contextlib.contextmanager
+    def _turn(self, inside: list[Scope]) -> t.Iterator[None]:
+        """One turn of a generator: in the scope, and inside it in those it is in the middle of.
+
+        :param inside: those, as the last turn has left them; kept for the next one.
+        """
+        stack = self._stack
+        mine = copy.copy(self)  # its body may enter this very object
+        with mine:
+            stack.set((*stack.get(), *inside))
+            try:
+                yield
+            finally:
+                entered = stack.get()
+                end = entered.index(mine) + 1 if mine in entered else len(entered)
+                inside[:] = entered[end:]
+                stack.set(entered[:end])
 
 
 class TimeLimit(Scope):
@@ -142,12 +186,35 @@ class TimeLimit(Scope):
     """
 
     def __init__(self, db: CommonDB, limits: Limits, bind_keys: t.Collection[str | None]) -> None:
-        super().__init__(db, "timeout", bind_keys)
+        super().__init__(db, bind_keys=bind_keys)
         self.limits = limits
 
     @property
     def _stack(self) -> contextvars.ContextVar[tuple[t.Any, ...]]:
         return self._db.time_limits
+
+
+#: Where reads may go when no replica serves.
+FALLBACKS = ("primary", "stale", "error")
+
+
+def checked_said(max_lag: float | None, fallback: str | None) -> Said:
+    """What ``db.replica()`` says.
+
+    :raises ValueError: if a lag is no number of seconds above 0, or there is no such fallback.
+    """
+    if max_lag is not None and not is_lag(max_lag):
+        raise ValueError(f"max_lag is a number of seconds above 0, not {max_lag!r}.")
+    if fallback is not None and fallback not in FALLBACKS:
+        known = ", ".join(map(repr, FALLBACKS))
+        raise ValueError(f"There is no fallback {fallback!r}; known are {known}.")
+    return Said("replica", max_lag, fallback)
+
+
+def is_lag(value: t.Any) -> bool:
+    """Whether a value says how far a replica may be behind; ``math.inf`` says: as far as it is."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and value > 0
 
 
 def checked_limits(statement: float | None, lock: float | None) -> Limits:
@@ -186,13 +253,20 @@ def time_limits(db: CommonDB, bind_key: str | None) -> Limits | None:
     return Limits(*(_first(values) for values in zip(*found, strict=True)))
 
 
-def _first(values: t.Iterable[float | None]) -> float | None:
+def _first(values: t.Iterable[t.Any]) -> t.Any:
     return next((value for value in values if value is not None), None)
 
 
-def scope_role(db: CommonDB, bind_key: str | None) -> str | None:
-    """The role that the innermost scope about a bind gives to reads, ``None`` outside of any."""
-    for scope in reversed(db.scopes.get()):
-        if not scope.bind_keys or bind_key in scope.bind_keys:
-            return scope.role
-    return None
+def said_of_reads(db: CommonDB, bind_key: str | None) -> Said:
+    """What the scopes say of the reads of a bind: for each thing the innermost one that says it."""
+    entered = db.scopes.get()
+    if not entered:
+        return NOTHING_SAID
+    found = [
+        scope.said
+        for scope in reversed(entered)
+        if not scope.bind_keys or bind_key in scope.bind_keys
+    ]
+    if len(found) == 1:
+        return found[0]
+    return Said(*(_first(values) for values in zip(*found, strict=True)))

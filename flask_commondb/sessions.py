@@ -30,10 +30,10 @@ from .holders import ON_G
 from .holders import LeakWatch
 from .holders import Taken
 from .procedures import ProcedureResult
+from .router import Router
+from .router import Unit
 from .routing import ALL_BINDS
 from .routing import AllBinds
-from .routing import BindRole
-from .routing import Router
 from .routing import RoutingSession
 from .streams import Held
 from .transactions import is_in_block
@@ -53,7 +53,7 @@ class ContextSessions:
     endpoint: str | None
     router: Router
     sessions: dict[_Key, sa_orm.Session] = dataclasses.field(default_factory=dict)
-    roles: dict[str | None, BindRole] = dataclasses.field(default_factory=dict)
+    units: dict[str | None, Unit] = dataclasses.field(default_factory=dict)
     streams: set[Held] = dataclasses.field(default_factory=set)
     #: The process that made it: a forked child starts with sessions of its own.
     pid: int = dataclasses.field(default_factory=os.getpid)
@@ -96,7 +96,7 @@ class ContextRegistry:
 
     def _join(self, session: sa_orm.Session, context: ContextSessions) -> None:
         if isinstance(session, RoutingSession):
-            session.join_context(self._key, context.router, context.roles)
+            session.join_context(self._key, context.router, context.units)
         elif self._key is not ALL_BINDS:
             session.bind = self._db.engines[self._key]
         context.sessions[self._key] = session

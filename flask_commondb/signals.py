@@ -26,8 +26,20 @@ _signals = Namespace()
 routed = _signals.signal("routed")
 
 #: A replica could not be reached and is left alone for a while. Sent with ``bind_key``,
-#: ``server`` and ``error``.
+#: ``server`` and ``error``, which is ``None`` for a server that has stopped answering.
 replica_down = _signals.signal("replica-down")
+
+#: A replica that was down is used again: it has been reached, and a connection is ready. Sent with
+#: ``bind_key`` and ``server``.
+replica_up = _signals.signal("replica-up")
+
+#: A read found no replica, and may not go to the primary. Sent with ``bind_key`` and ``error`` (a
+#: :exc:`.NoReplicaError`), which is raised.
+read_refused = _signals.signal("read-refused")
+
+#: The primary of a bind that has several candidates is another server now. Sent with ``bind_key``,
+#: ``server`` and ``former``, the names of the two.
+primary_changed = _signals.signal("primary-changed")
 
 #: A session could not be closed cleanly when its context ended; the connection was thrown away.
 #: Sent once for each connection with ``bind_key``, ``endpoint`` (``str | None``) and ``error``.
@@ -40,7 +52,8 @@ connection_leaked = _signals.signal("connection-leaked")
 
 #: A unit of work will be run again from its beginning: see :meth:`.CommonDB.transactional`. Sent
 #: with ``bind_keys`` (a tuple; empty for ``db.session``), ``attempt`` (the one that has failed,
-#: from 1), ``reason`` (``"deadlock"``, ``"lock_timeout"`` or ``"serialization"``) and ``error``.
+#: from 1), ``error``, and ``reason`` (``"deadlock"``, ``"lock_timeout"``, ``"serialization"`` or
+#: ``"demoted"``).
 unit_repeated = _signals.signal("unit-repeated")
 
 #: A stored procedure was called. Sent with ``bind_key``, ``name`` and ``error`` (``None`` when it

@@ -19,8 +19,14 @@ from .capabilities import DICTS
 from .capabilities import dialect_options
 from .capabilities import have_same_driver
 
+#: What stands beside a bind's URL and is about its servers: no option of an engine.
+OF_ONE_BIND = (
+    *("url", "replicas", "candidates"),
+    *("policy", "max_lag", "fallback", "fallback_limit"),
+)
+
 #: What leads to one server, and is of no use for another.
-OF_ONE_SERVER = ("url", "replicas", "creator", "pool")
+OF_ONE_SERVER = (*OF_ONE_BIND, "creator", "pool")
 
 
 @dataclasses.dataclass(frozen=True)

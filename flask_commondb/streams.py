@@ -233,7 +233,7 @@ def _has_rows(rows: sa.Result[t.Any]) -> bool:
 def _execute(
     session: RoutingSession, statement: t.Any, params: t.Any, chunk: int
 ) -> sa.Result[t.Any]:
-    session.is_stream = True
+    session.replica_reads.is_stream = True
     session.autoflush = False
     rows = session.execute(statement, params, execution_options={"yield_per": chunk})
     sa.event.listen(session, "do_orm_execute", _refuse_while_reading)

@@ -37,6 +37,9 @@ BACKOFF = 0.05
 #: ... up to this.
 LONGEST_BACKOFF = 2.0
 
+#: The same where the server is no primary any more: there may be no other one yet.
+PROMOTION = 0.5
+
 
 @contextlib.contextmanager
 def transaction(
@@ -101,7 +104,9 @@ def repeat(
     bind_keys: t.Sequence[str | None],
     app: Flask,
 ) -> _T:
-    """Run a unit of work, and run it again from its beginning when it has met another one.
+    """Run a unit of work, and run it again from its beginning when it was undone by the server.
+
+    So it is when it has met another one, or the server is no primary any more.
 
     :param begin: makes the transaction of one attempt.
     :param times: how often it is repeated at most.
@@ -125,7 +130,8 @@ def repeat(
                 error=error,
             )
         # Random, so that two that have met do not meet again.
-        time.sleep(random.uniform(0, min(BACKOFF * 2 ** (attempt - 1), LONGEST_BACKOFF)))
+        first = PROMOTION if reason == "demoted" else BACKOFF
+        time.sleep(random.uniform(0, min(first * 2 ** (attempt - 1), LONGEST_BACKOFF)))
     with begin():
         return unit()
 

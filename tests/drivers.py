@@ -35,6 +35,18 @@ DRIVERS = {
 
 BINDS = (None, "orders")
 
+
+def import_driver(name: str) -> None:
+    """Skip the test where a driver is not installed, or fail it under CI.
+
+    :param name: SQLAlchemy's name for it.
+    """
+    try:
+        sa.make_url(f"{name}://").get_dialect().import_dbapi()
+    except ImportError as error:
+        skip_or_fail(str(error))
+
+
 #: What the user of the app has open now.
 _CONNECTIONS = {
     "mysql": "SELECT id FROM information_schema.processlist WHERE user = 'app' AND db = DATABASE()",
@@ -54,10 +66,7 @@ class Wired:
 
     def __init__(self, request: pytest.FixtureRequest, driver: str, **config: t.Any) -> None:
         name, fixture = DRIVERS[driver]
-        try:
-            sa.make_url(f"{name}://").get_dialect().import_dbapi()
-        except ImportError as error:
-            skip_or_fail(str(error))
+        import_driver(name)
         self.database = request.getfixturevalue(fixture)
         self.server = self.database.cluster.primary
         make_proxy: MakeProxy = request.getfixturevalue("proxy")

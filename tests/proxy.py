@@ -93,6 +93,11 @@ class Proxy:
         """How many connections pass through the proxy now."""
         return len(self._links)
 
+    @property
+    def accepted(self) -> int:
+        """How many connections were made to the proxy until now."""
+        return self._count
+
     def clear(self) -> None:
         """Forget the commands so far."""
         with self._lock:

@@ -18,12 +18,14 @@ from flask_commondb import errors
 
 #: Lowest first. A module imports from lower layers only, never from its own.
 LAYERS = (
-    {"errors", "naming", "signals"},
+    {"breakers", "errors", "naming", "policies", "positions", "signals"},
     {"commits", "dialects", "forks", "holders", "identities", "keeping", "statements"},
-    {"capabilities", "liveness", "scopes"},
-    {"executing", "sources"},
-    {"options"},
+    {"capabilities", "knocking", "liveness", "scopes"},
+    {"executing", "patience", "reaching", "sources"},
+    {"options", "primaries"},
     {"config", "pools", "replicas", "procedures"},
+    {"probing", "router"},
+    {"overview", "reading"},
     {"routing"},
     {"closing", "transactions"},
     {"streams"},
@@ -64,7 +66,8 @@ def test_layers(module: str) -> None:
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
-        ("dialects.generic", set()),
+        ("dialects.histories", set()),
+        ("dialects.generic", {"dialects.histories"}),
         ("dialects.frugal", {"dialects.generic"}),
         ("dialects.packets", set()),
         ("dialects.pymysql", {"dialects.frugal", "dialects.generic", "dialects.packets"}),
@@ -75,15 +78,25 @@ def test_layers(module: str) -> None:
             {
                 "dialects.frugal",
                 "dialects.generic",
+                "dialects.histories",
                 "dialects.mysqlclient",
                 "dialects.pymysql",
             },
         ),
-        ("dialects.postgresql", {"dialects.generic", "dialects.psycopg"}),
+        (
+            "dialects.postgresql",
+            {"dialects.generic", "dialects.histories", "dialects.psycopg"},
+        ),
         ("dialects.sqlite", {"dialects.generic"}),
         (
             "dialects.__init__",
-            {"dialects.generic", "dialects.mysql", "dialects.postgresql", "dialects.sqlite"},
+            {
+                "dialects.generic",
+                "dialects.histories",
+                "dialects.mysql",
+                "dialects.postgresql",
+                "dialects.sqlite",
+            },
         ),
     ],
 )

@@ -18,9 +18,11 @@ from flask_commondb import CommonDB
 from flask_commondb import CommonDBError
 from flask_commondb import ConfigError
 from flask_commondb.config import Config
+from flask_commondb.config import ReadConfig
 from flask_commondb.config import ReplicaConfig
 from flask_commondb.config import load
 from flask_commondb.naming import server_name
+from flask_commondb.policies import round_robin
 from flask_commondb.signals import routed
 
 #: A default bind for tests about something else. No test connects to it.
@@ -147,10 +149,59 @@ SECRET = "sesame0penup"
             {**GOOD, "COMMONDB_WITH_SOMETHING_QUITE_DIFFERENT": 1},
             [
                 "COMMONDB_WITH_SOMETHING_QUITE_DIFFERENT: there is no such setting; known are"
-                " COMMONDB_REPLICAS, COMMONDB_ROUTING, COMMONDB_READ_FUNCTIONS,"
-                " COMMONDB_LEAK_WATCH, COMMONDB_ENGINE_DEFAULTS."
+                " COMMONDB_REPLICAS, COMMONDB_CANDIDATES, COMMONDB_POLICY, COMMONDB_ZONES,"
+                " COMMONDB_MAX_LAG, COMMONDB_FALLBACK, COMMONDB_FALLBACK_LIMIT, COMMONDB_ROUTING,"
+                " COMMONDB_READ_FUNCTIONS, COMMONDB_LEAK_WATCH, COMMONDB_ENGINE_DEFAULTS."
             ],
             id="unknown setting",
+        ),
+        pytest.param(
+            {**GOOD, "COMMONDB_POLICY": "round_robbin"},
+            [
+                "COMMONDB_POLICY: 'round_robbin' is not a policy (did you mean 'round_robin'?); it"
+                " is one of 'fastest_of_two', 'random_of_two', 'round_robin', 'least_checked_out',"
+                " or a function that takes a list of replicas and returns one of them."
+            ],
+            id="misspelt policy",
+        ),
+        pytest.param(
+            {**GOOD, "COMMONDB_FALLBACK": "primry", "COMMONDB_MAX_LAG": 0},
+            [
+                "COMMONDB_MAX_LAG: must be a number of seconds above 0, or None, not 0.",
+                "COMMONDB_FALLBACK: 'primry' is not a fallback (did you mean 'primary'?); known are"
+                " 'primary', 'stale', 'error'.",
+            ],
+            id="fallback and lag",
+        ),
+        pytest.param(
+            {**GOOD, "COMMONDB_FALLBACK_LIMIT": True, "COMMONDB_ZONES": "near"},
+            [
+                "COMMONDB_ZONES: must be a list of names, the nearest first, not str.",
+                "COMMONDB_FALLBACK_LIMIT: must be 1 or more, or None, not True.",
+            ],
+            id="limit and zones",
+        ),
+        pytest.param(
+            {
+                **GOOD,
+                "SQLALCHEMY_BINDS": {"orders": {"url": URI, "max_lag": "2", "policy": 7}},
+                "SQLALCHEMY_ENGINE_OPTIONS": {"fallback": "none"},
+            },
+            [
+                "SQLALCHEMY_ENGINE_OPTIONS['fallback']: 'none' is not a fallback; known are"
+                " 'primary', 'stale', 'error'.",
+                "SQLALCHEMY_BINDS['orders']['policy']: 7 is not a policy; it is one of"
+                " 'fastest_of_two', 'random_of_two', 'round_robin', 'least_checked_out', or a"
+                " function that takes a list of replicas and returns one of them.",
+                "SQLALCHEMY_BINDS['orders']['max_lag']: must be a number of seconds above 0, or"
+                " None, not '2'.",
+            ],
+            id="beside a URL",
+        ),
+        pytest.param(
+            {**GOOD, "COMMONDB_REPLICAS": [{"url": REPLICA, "zone": 3}]},
+            ["COMMONDB_REPLICAS[0]: 'zone' must be a name, not int."],
+            id="zone of a replica",
         ),
         pytest.param(
             {**GOOD, "COMMONDB_ROUTING": "explicitly"},
@@ -425,7 +476,9 @@ def test_what_an_error_is(base: type[Exception]) -> None:
         f"mysql+{SECRET[:2]}x://user:{SECRET}@host/app",
     ],
 )
-@pytest.mark.parametrize("where", ["default", "options", "bind", "dict", "replica", "beside"])
+@pytest.mark.parametrize(
+    "where", ["default", "options", "bind", "dict", "replica", "beside", "candidate"]
+)
 def test_no_password_is_shown(url: str, where: str) -> None:
     """No part of an error tells a password, wherever it stands in a malformed URL."""
     configs: dict[str, dict[str, t.Any]] = {
@@ -435,6 +488,7 @@ def test_no_password_is_shown(url: str, where: str) -> None:
         "dict": {"SQLALCHEMY_BINDS": {"orders": {"url": url}}},
         "replica": {**GOOD, "COMMONDB_REPLICAS": [url]},
         "beside": {"SQLALCHEMY_BINDS": {"orders": {"url": URI, "replicas": [{"url": url}]}}},
+        "candidate": {**GOOD, "COMMONDB_CANDIDATES": [url]},
     }
     with pytest.raises(ConfigError, match=r"database URL|has no dialect") as caught:
         CommonDB().init_app(make_app(configs[where]))
@@ -476,6 +530,165 @@ def test_server_name(url: str, name: str) -> None:
 def test_server_name_hides(url: str) -> None:
     """The name of a server has no part of a password, also of one that was not escaped."""
     assert SECRET not in server_name(sa.make_url(url))
+
+
+#: The primary of these binds is on a server, so that it may move.
+SERVER = "mysql+pymysql://app:x@one/app"
+SECOND = "mysql+pymysql://app:x@two/app"
+THIRD = "mysql+pymysql://app:x@three/app"
+ON_SERVERS: dict[str, t.Any] = {
+    "SQLALCHEMY_DATABASE_URI": SERVER,
+    "SQLALCHEMY_BINDS": {"orders": SERVER},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "mistakes"),
+    [
+        pytest.param(
+            {**ON_SERVERS, "COMMONDB_CANDIDATES": 5},
+            ["COMMONDB_CANDIDATES: must be a list of URLs, not int."],
+            id="no list",
+        ),
+        pytest.param(
+            {**ON_SERVERS, "COMMONDB_CANDIDATES": [{"url": SERVER}]},
+            ["COMMONDB_CANDIDATES[0]: must be a database URL, not dict."],
+            id="no options of their own",
+        ),
+        pytest.param(
+            {**ON_SERVERS, "COMMONDB_CANDIDATES": {"url": SERVER}},
+            [
+                "COMMONDB_CANDIDATES['url']: there is no bind 'url' for these candidates; known are"
+                " None, 'orders'."
+            ],
+            id="by bind key",
+        ),
+        pytest.param(
+            {**ON_SERVERS, "COMMONDB_CANDIDATES": {"order": [SERVER]}},
+            [
+                "COMMONDB_CANDIDATES['order']: there is no bind 'order' for these candidates (did"
+                " you mean 'orders'?); known are None, 'orders'."
+            ],
+            id="misspelt bind",
+        ),
+        pytest.param(
+            {"SQLALCHEMY_BINDS": {"orders": SERVER}, "COMMONDB_CANDIDATES": [SERVER]},
+            [
+                "COMMONDB_CANDIDATES: there is no default bind for these candidates; known are"
+                " 'orders'."
+            ],
+            id="no default bind",
+        ),
+        pytest.param(
+            {
+                **ON_SERVERS,
+                "SQLALCHEMY_ENGINE_OPTIONS": {"candidates": [SECOND]},
+                "COMMONDB_CANDIDATES": [SECOND],
+            },
+            ["COMMONDB_CANDIDATES: the candidates of bind None are given twice."],
+            id="twice",
+        ),
+        pytest.param(
+            {
+                **ON_SERVERS,
+                "COMMONDB_CANDIDATES": ["postgresql+psycopg://two/app", "mysql+mysqldb://two/app"],
+            },
+            [
+                f"COMMONDB_CANDIDATES[{index}]: the driver must be that of the bind's own URL,"
+                f" which is 'mysql+pymysql', not '{driver}'."
+                for index, driver in enumerate(["postgresql+psycopg", "mysql+mysqldb"])
+            ],
+            id="another driver",
+        ),
+        pytest.param(
+            {**ON_SERVERS, "COMMONDB_CANDIDATES": [URI]},
+            [
+                "COMMONDB_CANDIDATES[0]: a sqlite database is on no server, so it never moves to"
+                " another."
+            ],
+            id="SQLite",
+        ),
+        pytest.param(
+            {**ON_SERVERS, "COMMONDB_CANDIDATES": ["mysql+pymysql://ONE:3306/app"]},
+            ["COMMONDB_CANDIDATES[0]: ONE:3306 is a candidate already."],
+            id="the primary itself",
+        ),
+        pytest.param(
+            {**ON_SERVERS, "COMMONDB_CANDIDATES": [SECOND] * 2},
+            ["COMMONDB_CANDIDATES[1]: two is a candidate already."],
+            id="the same again",
+        ),
+        pytest.param(
+            {
+                **ON_SERVERS,
+                "SQLALCHEMY_BINDS": {
+                    "orders": {
+                        "url": SERVER,
+                        "candidates": [SECOND],
+                        "creator": object,
+                    }
+                },
+            },
+            [
+                "SQLALCHEMY_BINDS['orders']['candidates']: have no effect, because 'creator' makes"
+                " the connections."
+            ],
+            id="a creator",
+        ),
+        pytest.param(
+            {**ON_SERVERS, "COMMONDB_REPLICAS": [{"url": SECOND, "candidates": [THIRD]}]},
+            ["COMMONDB_REPLICAS[0]: 'candidates' is no option of a replica."],
+            id="of a replica",
+        ),
+    ],
+)
+def test_mistakes_in_candidates(config: dict[str, t.Any], mistakes: list[str]) -> None:
+    """What cannot be a candidate for a primary is named, and why."""
+    with pytest.raises(ConfigError, match=r"candidate|CANDIDATES") as caught:
+        load(dict(config), {})
+    assert caught.value.mistakes == tuple(mistakes)
+
+
+@pytest.mark.parametrize(
+    ("config", "engine_options", "expected"),
+    [
+        ({**ON_SERVERS, "COMMONDB_CANDIDATES": None}, {}, {}),
+        ({**ON_SERVERS, "COMMONDB_CANDIDATES": []}, {}, {}),
+        ({**ON_SERVERS, "COMMONDB_CANDIDATES": {"orders": []}}, {}, {}),
+        ({**ON_SERVERS, "COMMONDB_CANDIDATES": [SECOND]}, {}, {None: ["two"]}),
+        ({**ON_SERVERS, "COMMONDB_CANDIDATES": SECOND}, {}, {None: ["two"]}),
+        ({**ON_SERVERS, "COMMONDB_CANDIDATES": sa.make_url(SECOND)}, {}, {None: ["two"]}),
+        (
+            {**ON_SERVERS, "COMMONDB_CANDIDATES": {None: [SECOND, THIRD], "orders": SECOND}},
+            {},
+            {None: ["two", "three"], "orders": ["two"]},
+        ),
+        (
+            {**ON_SERVERS, "SQLALCHEMY_ENGINE_OPTIONS": {"candidates": [SECOND]}},
+            {},
+            {None: ["two"]},
+        ),
+        (ON_SERVERS, {"candidates": [SECOND]}, {None: ["two"]}),
+        (
+            {"SQLALCHEMY_BINDS": {None: {"url": SERVER, "candidates": [SECOND]}}},
+            {},
+            {None: ["two"]},
+        ),
+        (
+            {"SQLALCHEMY_BINDS": {"orders": {"url": SERVER, "candidates": [SECOND]}}},
+            {},
+            {"orders": ["two"]},
+        ),
+    ],
+)
+def test_ways_to_name_candidates(
+    config: dict[str, t.Any],
+    engine_options: dict[str, t.Any],
+    expected: dict[str | None, list[str]],
+) -> None:
+    """Candidates stand in a setting of their own, by bind key, or beside the URL of a bind."""
+    found = load(dict(config), engine_options).candidates
+    assert {bind_key: [url.host for url in urls] for bind_key, urls in found.items()} == expected
 
 
 @pytest.mark.parametrize(
@@ -590,6 +803,33 @@ def test_from_prefixed_env(monkeypatch: pytest.MonkeyPatch, files: Path) -> None
         assert [replica.weight for replica in db.router.replicas.values()] == [1, 2]
 
 
+def test_reads_of_each_bind() -> None:
+    """What is said for all binds counts, but for what stands beside a bind's URL."""
+
+    def mine(candidates: t.Sequence[t.Any]) -> t.Any:
+        return candidates[0]
+
+    config = {
+        **GOOD,
+        "SQLALCHEMY_BINDS": {
+            "orders": {"url": URI, "policy": "round_robin", "max_lag": 3, "fallback": "error"},
+            "stats": URI,
+        },
+        "SQLALCHEMY_ENGINE_OPTIONS": {"fallback_limit": 4},
+        "COMMONDB_POLICY": mine,
+        "COMMONDB_ZONES": ["near", "far"],
+        "COMMONDB_MAX_LAG": 1.5,
+        "COMMONDB_FALLBACK": "stale",
+        "COMMONDB_FALLBACK_LIMIT": 2,
+    }
+    zones = ("near", "far")
+    assert load(config, {}).reads == {
+        None: ReadConfig(mine, zones, 1.5, "stale", 4),
+        "orders": ReadConfig(round_robin, zones, 3, "error", 2),
+        "stats": ReadConfig(mine, zones, 1.5, "stale", 2),
+    }
+
+
 def test_env_by_bind_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flask's ``__`` in the name of an environment variable names the bind of replicas."""
     monkeypatch.setenv("FLASK_SQLALCHEMY_BINDS__orders", URI)
@@ -605,6 +845,12 @@ def test_defaults_are_written_back() -> None:
     CommonDB(flask_app)
     assert {k: v for k, v in flask_app.config.items() if k.startswith("COMMONDB_")} == {
         "COMMONDB_REPLICAS": None,
+        "COMMONDB_CANDIDATES": None,
+        "COMMONDB_POLICY": "fastest_of_two",
+        "COMMONDB_ZONES": (),
+        "COMMONDB_MAX_LAG": None,
+        "COMMONDB_FALLBACK": "primary",
+        "COMMONDB_FALLBACK_LIMIT": None,
         "COMMONDB_ROUTING": "auto",
         "COMMONDB_READ_FUNCTIONS": (),
         "COMMONDB_LEAK_WATCH": False,

@@ -1,4 +1,4 @@
-"""What we rely on in Flask-SQLAlchemy, SQLAlchemy, Flask and PyMySQL, beyond what they promise.
+"""What we rely on in Flask-SQLAlchemy, SQLAlchemy, Flask and drivers, beyond what they promise.
 
 When one of these fails with a new version of a library, the package has to follow; when all pass,
 what it builds on is as it was.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import importlib.metadata
 import inspect
+import io
 import socket
 import struct
 import threading
@@ -40,6 +42,8 @@ from flask_commondb import CommonDB
 from flask_commondb import pools
 from flask_commondb.dialects.pymysql import connection_class
 from flask_commondb.options import PoolSettings
+
+from .drivers import skip_or_fail
 
 #: Flask's main and minor version.
 FLASK = tuple(map(int, importlib.metadata.version("flask").split(".")[:2]))
@@ -667,6 +671,24 @@ def test_closed_behind_a_raising_teardown() -> None:
     assert not session.in_transaction()
 
 
+def test_how_an_engine_connects() -> None:
+    """The pool's function for it is SQLAlchemy's own, and knows the driver's arguments."""
+    url = "mysql+pymysql://user@h/app?charset=utf8mb4"
+    arguments = {"port": 7, "charset": "latin1"}
+    engine = sa.create_engine(url, connect_args=arguments)
+    connect = engine.pool._creator
+    assert connect.__module__ == "sqlalchemy.engine.create"
+    told = inspect.getclosurevars(connect).nonlocals["cparams"]
+    assert {"host": "h", "user": "user", "database": "app", **arguments}.items() <= told.items()
+    engine.dispose()
+    assert engine.pool._creator is connect
+    own = sa.create_engine(url, creator=pymysql.connect)
+    assert t.cast(t.Any, own.pool)._creator is pymysql.connect
+    assert len(t.cast(t.Any, engine.dialect.dispatch).do_connect) == 0
+    sa.event.listen(engine, "do_connect", lambda *event: None)
+    assert len(t.cast(t.Any, engine.dialect.dispatch).do_connect) == 1
+
+
 # --- PyMySQL -----------------------------------------------------------------------------------
 
 
@@ -740,6 +762,54 @@ def test_parts_of_a_connection(server: Server) -> None:
     connection.cursorclass = Own
     assert type(connection.cursor()) is Own
     connection.close()
+    assert connection._sock is None
+
+
+def test_all_is_read_through_one_file(server: Server) -> None:
+    """What a connection reads comes out of ``_rfile``, which ``connect()`` has made."""
+    connection: t.Any = DRIVER(**server.address)
+    reads: list[int] = []
+
+    class Watched(io.RawIOBase):
+        def __init__(self, sock: socket.socket) -> None:
+            self.sock = sock
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: t.Any) -> int:
+            reads.append(self.sock.recv_into(buffer))
+            return reads[-1]
+
+    assert connection._rfile.peek is not None
+    connection._rfile = io.BufferedReader(Watched(connection._sock))
+    for work in (
+        lambda: connection.query("DO 1"),
+        connection.commit,
+        lambda: connection.ping(reconnect=False),
+        lambda: connection.select_db("app"),
+    ):
+        work()
+        assert reads == [11]  # an answer, read at once
+        reads.clear()
+    connection.close()
+
+
+def test_time_runs_out_in_the_file(server: Server) -> None:
+    """A ``TimeoutError`` that comes out of ``_rfile`` is a lost connection, and closes it."""
+    connection: t.Any = DRIVER(**server.address)
+
+    class Silent(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: t.Any) -> int:
+            raise TimeoutError("nothing is said")
+
+    connection._rfile = io.BufferedReader(Silent())
+    with pytest.raises(pymysql.err.OperationalError, match="nothing is said") as caught:
+        connection.query("DO 1")
+    assert caught.value.args[0] == 2013
     assert connection._sock is None
 
 
@@ -883,6 +953,49 @@ def test_user_module_is_left_alone() -> None:
     assert engine.dialect.connect == t.cast(t.Any, DefaultDialect).connect.__get__(engine.dialect)
 
 
+# --- mysqlclient and psycopg -------------------------------------------------------------------
+
+
+def test_mysqlclient_in_two_steps() -> None:
+    """A statement can be sent and its answer be read later, which is what ``query()`` does."""
+    connections = imported("MySQLdb.connections")
+    for name in ("send_query", "read_query_result", "fileno", "commit", "rollback"):
+        assert callable(getattr(connections.Connection, name))
+    assert "_mysql.connection.query" in inspect.getsource(connections.Connection.query)
+
+
+def test_psycopg_waits_in_one_place() -> None:
+    """All that a connection waits for goes through ``wait``, whose later arguments have defaults."""
+    psycopg = imported("psycopg")
+    _, gen, *more = inspect.signature(psycopg.Connection.wait).parameters.values()
+    assert gen.name == "gen"
+    assert all(parameter.default is not parameter.empty for parameter in more)
+    source = inspect.getsource(psycopg.cursor) + inspect.getsource(psycopg.server_cursor)
+    assert "self._conn.wait(" in source
+    assert "waiting." not in source
+
+
+def test_psycopg_waits_for_any_iterator() -> None:
+    """What is waited for needs ``__next__`` and ``send`` only; its yields are one of three bits."""
+    waiting = imported("psycopg.waiting")
+    assert [int(wait) for wait in waiting.Wait] == [1, 2, 3]
+    assert [int(getattr(waiting.Ready, name)) for name in ("R", "W", "RW")] == [1, 2, 3]
+    said: list[int] = []
+
+    class Work:
+        def __next__(self) -> int:
+            return 2
+
+        def send(self, ready: int) -> int:
+            said.append(int(ready))
+            raise StopIteration("done")
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert waiting.wait(Work(), ours.fileno()) == "done"
+    assert said == [2]
+
+
 @pytest.fixture
 def engine() -> t.Iterator[sa.Engine]:
     engine = sa.create_engine(
@@ -979,6 +1092,14 @@ class Server:
                 raise EOFError
             received += more
         return received
+
+
+def imported(name: str) -> t.Any:
+    """A module of a driver that need not be installed everywhere."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        skip_or_fail(str(error))
 
 
 def signature_of(function: t.Callable[..., t.Any]) -> str:

@@ -600,7 +600,7 @@ def test_pauses_grow(make: Make, tmp_path: Path) -> None:
     (one,) = [one for one in keeping._all_kept if one._engine() is engine]
     pauses = []
     for _ in range(2000):
-        one._report_failure(OSError("down"))
+        one._report_failure(engine, OSError("down"))
         pauses.append(one.retry_at - clock.now)
     first, longest = keeping._RETRY
     for number, pause in enumerate(pauses):

@@ -153,7 +153,7 @@ def test_a_replica_cannot_change_a_commit(mariadb_database: Database[MariaDBClus
         """Kill the unit's replica connection if this is the step for it."""
         if name != doomed:
             return
-        for connection in lab.db.session().replica_connections.values():
+        for connection in lab.db.session().replica_reads.connections.values():
             driver = t.cast(t.Any, connection.connection.driver_connection)
             server = next(s for s in database.cluster.replicas if s.port == driver.port)
             server.execute(f"KILL {driver.thread_id()}")
@@ -215,7 +215,7 @@ def test_a_read_that_fails_in_flight(mariadb_database: Database[MariaDBCluster])
     database.sync()
     with lab.request():
         assert lab.titles() == []
-        (connection,) = lab.db.session().replica_connections.values()
+        (connection,) = lab.db.session().replica_reads.connections.values()
         driver = t.cast(t.Any, connection.connection.driver_connection)
         server = next(s for s in database.cluster.replicas if s.port == driver.port)
         killer = threading.Timer(0.3, server.execute, [f"KILL {driver.thread_id()}"])
@@ -307,7 +307,7 @@ def test_result_still_being_read_from_a_replica(
         statement = sa.select(lab.Post.id).execution_options(yield_per=5)
         rows = iter(lab.db.session.execute(statement))
         next(rows)
-        (connection,) = lab.db.session().replica_connections.values()
+        (connection,) = lab.db.session().replica_reads.connections.values()
         driver = t.cast(t.Any, connection.connection.driver_connection)
         lab.db.session.commit()
         assert not driver.open

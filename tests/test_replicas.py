@@ -1,21 +1,23 @@
-"""The choice among a bind's replicas: by weight, without those that could not be reached."""
+"""Which of a bind's replicas may serve: those that are up, in the nearest zone, and current."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import random
+import math
+import os
+import threading
 import typing as t
 
 import pytest
 import sqlalchemy as sa
 
-from flask_commondb.replicas import PAUSE
+from flask_commondb.policies import random_of_two
+from flask_commondb.replicas import HALF_LIFE
+from flask_commondb.replicas import LOOK_AGAIN
+from flask_commondb.replicas import SLOWEST
 from flask_commondb.replicas import Replica
 from flask_commondb.replicas import ReplicaSet
-from flask_commondb.replicas import weighted_random
-
-CHOICES = 6000
+from flask_commondb.replicas import Slots
 
 
 @dataclasses.dataclass
@@ -33,133 +35,196 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture
-def seeded() -> t.Iterator[None]:
-    """The random numbers of a fixed seed; the ones of before are put back."""
-    state = random.getstate()
-    random.seed(20)
-    yield
-    random.setstate(state)
-
-
-@pytest.mark.usefixtures("seeded")
-@pytest.mark.parametrize(
-    "weights", [(1, 1), (1, 2), (1, 1, 1), (0.5, 1.5, 3), (1, 99), (2, 2, 4, 8)]
-)
-def test_weights(weights: tuple[float, ...]) -> None:
-    """Each replica is chosen as often as its share of all the weights says."""
-    replicas = make_replicas(*weights)
-    replica_set = ReplicaSet(replicas)
-    counts = collections.Counter(chosen(replica_set) for _ in range(CHOICES))
-    for replica, weight in zip(replicas, weights, strict=True):
-        share = weight / sum(weights)
-        # Five standard deviations of so many draws.
-        tolerance = 5 * (share * (1 - share) / CHOICES) ** 0.5
-        assert counts[replica.name] / CHOICES == pytest.approx(share, abs=tolerance)
-
-
-@pytest.mark.usefixtures("seeded")
-def test_weights_among_those_left() -> None:
-    """While one is paused the others share its reads by their weights."""
-    first, second, third = make_replicas(5, 1, 3)
-    replica_set = ReplicaSet([first, second, third])
-    replica_set.pause(first)
-    counts = collections.Counter(chosen(replica_set) for _ in range(CHOICES))
-    assert counts.keys() == {second.name, third.name}
-    assert counts[third.name] / CHOICES == pytest.approx(0.75, abs=0.03)
-
-
 def test_only_one() -> None:
     """A single replica is always the one."""
-    (replica,) = make_replicas(3)
+    (replica,) = make_replicas(1)
     assert ReplicaSet([replica]).choose() is replica
 
 
-def test_pause_and_return(clock: Clock) -> None:
-    """A paused replica is left alone for exactly the pause, then it may be chosen again."""
-    (replica,) = make_replicas(1)
-    replica_set = ReplicaSet([replica], clock=clock)
-    replica_set.pause(replica)
-    answers = []
-    for elapsed in (0, PAUSE / 2, PAUSE - 0.001, PAUSE, PAUSE + 1):
-        clock.now = 100.0 + elapsed
-        answers.append(replica_set.choose())
-    assert answers == [None, None, None, replica, replica]
-
-
-def test_pause_again(clock: Clock) -> None:
-    """A pause counts from the last failure, not from the first."""
-    (replica,) = make_replicas(1)
-    replica_set = ReplicaSet([replica], clock=clock)
-    replica_set.pause(replica)
-    clock.now += PAUSE - 1
-    replica_set.pause(replica)
-    clock.now += PAUSE - 1
-    assert replica_set.choose() is None
-    clock.now += 1
-    assert replica_set.choose() is replica
-
-
-@pytest.mark.parametrize("now", [0.0, -5.0, 1e9])
-def test_fresh_replicas_are_available(clock: Clock, now: float) -> None:
-    """A replica that never failed can be chosen, wherever the clock starts to count."""
-    clock.now = now
-    (replica,) = make_replicas(1)
-    assert ReplicaSet([replica], clock=clock).choose() is replica
-
-
-def test_all_paused(clock: Clock) -> None:
-    """When every replica is paused there is none, until the first comes back."""
-    first, second = make_replicas(1, 1)
-    replica_set = ReplicaSet([first, second], clock=clock)
-    replica_set.pause(first)
-    clock.now += 1
-    replica_set.pause(second)
-    assert replica_set.choose() is None
-    clock.now += PAUSE - 1
-    assert replica_set.choose() is first
-
-
-def test_no_replicas() -> None:
+def test_none() -> None:
     """A set of none has none to choose."""
     assert ReplicaSet([]).choose() is None
+    assert ReplicaSet([]).why_none() == "replica_down"
 
 
-def test_policy(clock: Clock) -> None:
-    """The policy is given those that are not paused, in the order of the configuration."""
-    first, second, third = make_replicas(1, 1, 1)
-    asked: list[t.Sequence[Replica]] = []
+def test_down() -> None:
+    """One whose breaker is open is not chosen; when all are, there is none."""
+    first, second = make_replicas(2)
+    replicas = ReplicaSet([first, second])
+    first.breaker.trip()
+    assert {replicas.choose() for _ in range(20)} == {second}
+    second.breaker.trip()
+    assert replicas.choose() is None
+    assert replicas.why_none() == "replica_down"
+
+
+def test_draining() -> None:
+    """One that is draining is not chosen, and is again when it is not draining any more."""
+    first, second = make_replicas(2)
+    replicas = ReplicaSet([first, second])
+    first.is_draining = True
+    assert {replicas.choose() for _ in range(20)} == {second}
+    first.is_draining = False
+    assert {replicas.choose() for _ in range(40)} == {first, second}
+
+
+def test_add_and_remove() -> None:
+    """What is added is chosen from then on, what is removed is not."""
+    first, second = make_replicas(2)
+    replicas = ReplicaSet([first])
+    replicas.add(second)
+    assert {replicas.choose() for _ in range(40)} == {first, second}
+    replicas.remove(first)
+    assert {replicas.choose() for _ in range(20)} == {second}
+    assert first.is_removed
+
+
+def test_tried() -> None:
+    """What has been tried in vain is left out."""
+    first, second = make_replicas(2)
+    replicas = ReplicaSet([first, second])
+    assert replicas.choose(tried=[first]) is second
+    assert replicas.choose(tried=[first, second]) is None
+
+
+def test_policy() -> None:
+    """The policy is given those that can be used, in the order of the configuration."""
+    first, second, third = make_replicas(3)
+    asked: list[list[Replica]] = []
 
     def last(candidates: t.Sequence[Replica]) -> Replica:
         asked.append(list(candidates))
         return candidates[-1]
 
-    replica_set = ReplicaSet([first, second, third], policy=last, clock=clock)
-    replica_set.pause(second)
-    assert replica_set.choose() is third
-    for replica in (first, third):
-        replica_set.pause(replica)
-    assert replica_set.choose() is None
+    replicas = ReplicaSet([first, second, third], policy=last)
+    second.breaker.trip()
+    assert replicas.choose() is third
     assert asked == [[first, third]]
 
 
-def test_policy_by_default(seeded: None) -> None:
-    """Without a policy of one's own the choice is :func:`.weighted_random`'s."""
-    replicas = make_replicas(1, 2, 3)
-    replica_set = ReplicaSet(replicas)
-    random.seed(3)
-    by_set = [replica_set.choose() for _ in range(50)]
-    random.seed(3)
-    assert by_set == [weighted_random(replicas) for _ in range(50)]
+@pytest.mark.parametrize("answer", [None, "replica-0", 0])
+def test_policy_that_chooses_no_candidate(answer: t.Any) -> None:
+    """A policy of the user's own that returns something else is told so."""
+
+    def mistaken(candidates: t.Sequence[Replica]) -> t.Any:
+        return answer
+
+    with pytest.raises(TypeError, match=r"'mistaken' must return one of the replicas"):
+        ReplicaSet(make_replicas(2), policy=mistaken).choose()
 
 
-def test_a_replica_is_itself() -> None:
-    """Two replicas are never equal: what one has run into is not the other's."""
-    first, _ = make_replicas(1, 1)
-    twin = dataclasses.replace(first)
-    assert first != twin
-    ReplicaSet([first]).pause(first)
-    assert ReplicaSet([first, twin]).choose() is twin
+def test_zones() -> None:
+    """The nearest zone serves as long as it can; then the next; those in no zone come last."""
+    far, near, other, near_too, nowhere = make_replicas(5)
+    far.zone, near.zone, near_too.zone, other.zone = "far", "near", "near", "other"
+    replicas = ReplicaSet([far, near, other, near_too, nowhere], zones=["near", "far"])
+    assert {replicas.choose() for _ in range(40)} == {near, near_too}
+    near.breaker.trip()
+    assert {replicas.choose() for _ in range(20)} == {near_too}
+    near_too.breaker.trip()
+    assert {replicas.choose() for _ in range(20)} == {far}
+    far.is_draining = True
+    assert {replicas.choose() for _ in range(40)} == {other, nowhere}
+
+
+def test_zones_without_room() -> None:
+    """A zone whose connections are all in use spills over, until all zones' are."""
+    near, far = make_replicas(2)
+    near.zone = "near"
+    replicas = ReplicaSet([near, far], zones=["near"])
+    taken = [near.engine.connect() for _ in range(2)]
+    assert not near.has_room
+    assert replicas.choose() is far
+    taken += [far.engine.connect() for _ in range(2)]
+    assert replicas.choose() is near
+    for connection in taken:
+        connection.close()
+    assert near.has_room
+
+
+def test_current(clock: Clock) -> None:
+    """A replica is current up to the age of its proof; without one it may be, and is looked at."""
+    (replica,) = make_replicas(1, clock=clock)
+    replicas = ReplicaSet([replica])
+    assert not replica.is_current(5)
+    assert replicas.choose(max_lag=5) is replica
+    replica.current_at = clock.now
+    clock.now += 5
+    assert replica.is_current(5)
+    clock.now += 0.001
+    assert not replica.is_current(5)
+    assert replicas.choose(max_lag=5) is replica
+
+
+def test_behind(clock: Clock) -> None:
+    """One that was found behind is left out for a moment by who asks for as much, not by others."""
+    first, second = make_replicas(2, clock=clock)
+    replicas = ReplicaSet([first, second])
+    first.found_behind()
+    assert {replicas.choose(max_lag=10) for _ in range(20)} == {second}
+    assert {replicas.choose() for _ in range(40)} == {first, second}
+    second.found_behind()
+    assert replicas.choose(max_lag=10) is None
+    assert replicas.why_none() == "lag"
+    clock.now += LOOK_AGAIN
+    assert replicas.choose(max_lag=10) in (first, second)
+    first.found_behind()
+    first.current_at = clock.now - 20
+    assert replicas.choose(max_lag=30) is not None  # for them it is current
+    assert first.is_behind(10)
+    assert not first.is_behind(30)
+    clock.now += 0.26
+    assert not first.is_behind(1)  # those who want more may look again sooner
+
+
+def test_one_renews(clock: Clock) -> None:
+    """When a proof has come to half of what it is good for, one renews it."""
+    (replica,) = make_replicas(1, clock=clock)
+    replica.current_at = clock.now
+    clock.now += 2
+    assert not replica.claim_renewal(4)
+    clock.now += 0.1
+    assert [replica.claim_renewal(4) for _ in range(3)] == [True, False, False]
+    replica.end_renewal()
+    assert replica.claim_renewal(4)
+
+
+def test_latency(clock: Clock) -> None:
+    """A latency is that of the fastest of the last few statements."""
+    (replica,) = make_replicas(1, clock=clock)
+    assert replica.latency == 0
+    replica.time(3)
+    assert replica.latency == SLOWEST
+    replica.time(0.3)
+    assert replica.latency == 0.3
+    for seconds in (9, 8):  # statements that take long by themselves
+        replica.time(seconds)
+    assert replica.latency == 0.3
+    replica.time(7)
+    assert replica.latency == SLOWEST
+
+
+def test_latency_is_forgotten(clock: Clock) -> None:
+    """A latency that is not measured anew is halved again and again, so that one is tried again."""
+    (replica,) = make_replicas(1, clock=clock)
+    replica.time(0.4)
+    clock.now += HALF_LIFE
+    assert replica.latency == pytest.approx(0.2)
+    clock.now += 2 * HALF_LIFE
+    assert replica.latency == pytest.approx(0.05)
+    replica.time(0.4)
+    assert replica.latency == pytest.approx(0.4)
+    clock.now -= 50  # it only grows, but should not matter
+    assert replica.latency == pytest.approx(0.4)
+
+
+def test_in_use() -> None:
+    """What is checked out of a replica's pool is in use there."""
+    (replica,) = make_replicas(1)
+    assert replica.in_use == 0
+    with replica.engine.connect():
+        assert replica.in_use == 1
+    assert replica.in_use == 0
 
 
 def test_repr_names_no_password() -> None:
@@ -171,14 +236,77 @@ def test_repr_names_no_password() -> None:
     assert "sesame" not in shown
 
 
-def make_replicas(*weights: float) -> list[Replica]:
+def test_slots() -> None:
+    """So many have a slot at once, and one that is given back can be taken again."""
+    slots = Slots(2)
+    first, second = slots.take(), slots.take()
+    assert None not in (first, second)
+    assert slots.take() is None
+    slots.give_back(first)
+    assert slots.take() is not None
+    assert slots.take() is None
+
+
+def test_slots_without_limit() -> None:
+    """Without a limit there is always one."""
+    slots = Slots(None)
+    assert all(slots.take() is not None for _ in range(100))
+
+
+def test_slots_of_many_threads() -> None:
+    """Never more than the limit have one, and never is one lost."""
+    slots = Slots(3)
+    have: list[object] = []
+    most = [0]
+
+    def work() -> None:
+        for _ in range(300):
+            slot = slots.take()
+            if slot is not None:
+                have.append(slot)
+                most[0] = max(most[0], len(have))
+                have.remove(slot)
+                slots.give_back(slot)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most[0] <= 3
+    assert [slots.take() is not None for _ in range(4)] == [True, True, True, False]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_slots_after_a_fork() -> None:
+    """What the parent has taken is not missing in the child."""
+    slots = Slots(1)
+    assert slots.take() is not None
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if [slots.take() is None for _ in range(2)] == [False, True] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def make_replicas(count: int, clock: t.Callable[[], float] = lambda: math.pi) -> list[Replica]:
     return [
-        Replica(None, f"replica-{index}", sa.create_engine("sqlite://"), weight)
-        for index, weight in enumerate(weights)
+        Replica(
+            None,
+            f"replica-{index}",
+            sa.create_engine("sqlite://", poolclass=sa.QueuePool, pool_size=2, max_overflow=0),
+            clock=clock,
+        )
+        for index in range(count)
     ]
 
 
-def chosen(replica_set: ReplicaSet) -> str:
-    replica = replica_set.choose()
-    assert replica is not None
-    return replica.name
+def test_weights_among_those_left() -> None:
+    """While one is down the others share its reads by their weights."""
+    first, second, third = make_replicas(3)
+    first.weight, third.weight = 5, 3
+    replicas = ReplicaSet([first, second, third], policy=random_of_two)
+    first.breaker.trip()
+    chosen = [replicas.choose() for _ in range(3000)]
+    assert first not in chosen
+    assert chosen.count(third) / 3000 == pytest.approx(0.75, abs=0.05)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import copy
 import inspect
 import threading
 import typing as t
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import greenlet
 import pytest
 import sqlalchemy as sa
 import sqlalchemy.orm as so
@@ -331,6 +333,38 @@ def test_closing_a_generator(lab: Lab) -> None:
     assert lab.read() == BY_DEFAULT
 
 
+def test_a_scope_inside_a_generator(lab: Lab) -> None:
+    """What a decorated generator enters is its own: it is innermost again when the generator is
+    resumed, its consumer never sees it, and it ends with the generator."""
+    seen: list[Route] = []
+
+    @lab.db.replica()
+    def rows() -> t.Iterator[None]:
+        with lab.db.primary(), lab.db.replica("orders"):
+            yield
+            seen.extend(lab.read(bind_key) for bind_key in BINDS)
+            yield
+
+    @lab.db.replica()
+    async def async_rows() -> t.AsyncGenerator[None, None]:
+        with lab.db.primary(), lab.db.replica("orders"):
+            yield
+            seen.extend(lab.read(bind_key) for bind_key in BINDS)
+            yield
+
+    async def consume() -> None:
+        generator = async_rows()
+        async for _ in generator:
+            seen.append(lab.read())
+        await generator.aclose()
+
+    for _ in rows():
+        seen.append(lab.read())
+    asyncio.run(consume())
+    assert seen == [BY_DEFAULT, TO_PRIMARY, TO_REPLICA, BY_DEFAULT] * 2
+    assert lab.read() == BY_DEFAULT
+
+
 def test_an_exception_in_a_generator(lab: Lab) -> None:
     """What a decorated generator raises reaches its consumer, and the scope is over."""
 
@@ -636,10 +670,16 @@ class Stop(Exception):
     """Raised by a program, and caught by it some scopes further out."""
 
 
-#: One step: its name and what it takes. ``scope`` and ``attempt`` have steps of their own inside.
+#: One step: its name and what it takes. Some have steps of their own inside.
 Step = tuple[t.Any, ...]
 
+#: A part of a program that runs until a ``pause``, and goes on later. Each block has one.
+Body = t.Generator[None, None, None]
+
 bind_keys = st.sampled_from(BINDS)
+roles = st.sampled_from(["primary", "replica"])
+some_bind_keys = st.sets(bind_keys).map(frozenset)
+slots = st.integers(0, 1)
 steps = st.deferred(lambda: st.lists(step, max_size=5))
 step: st.SearchStrategy[Step] = st.one_of(
     st.tuples(st.just("read"), bind_keys),
@@ -650,12 +690,12 @@ step: st.SearchStrategy[Step] = st.one_of(
     st.tuples(st.just("rollback")),
     st.tuples(st.just("stop")),
     st.tuples(st.just("attempt"), steps),
+    st.tuples(st.sampled_from(["with", "decorator"]), roles, some_bind_keys, steps),
     st.tuples(
-        st.sampled_from(["with", "decorator"]),
-        st.sampled_from(["primary", "replica"]),
-        st.sets(bind_keys).map(frozenset),
-        steps,
+        st.just("start"), slots, st.sampled_from(["generator", "task", "thread", "greenlet"]), steps
     ),
+    st.tuples(st.just("start"), slots, st.just("decorated"), steps, roles, some_bind_keys),
+    st.tuples(st.just("resume"), slots),
 )
 
 
@@ -664,14 +704,42 @@ class Model:
 
     def __init__(self, method: str | None) -> None:
         self.method = method
-        self.scopes: list[tuple[str, frozenset[str | None]]] = []
+        self.scopes: list[Scope] = []
         self.pinned: dict[str | None, str] = {}
         self.committed = dict.fromkeys(BINDS, 0)
         self.rows = dict.fromkeys(BINDS, 0)
 
+    def task(self) -> Model:
+        """A task is in the same unit of work, and goes on by itself from the scopes it finds."""
+        model = copy.copy(self)
+        model.scopes = self.scopes[:]
+        return model
+
+    def stranger(self) -> Model:
+        """A thread or a greenlet has a unit of its own, which sees only what is committed."""
+        model = Model(None)
+        model.committed = model.rows = self.committed
+        return model
+
+    def enter(self, *scopes: Scope) -> None:
+        self.scopes += scopes
+
+    def leave(self, scope: Scope) -> None:
+        if scope in self.scopes:  # not if it was entered by a generator elsewhere
+            self.scopes.remove(scope)
+
+    def suspend(self, scope: Scope) -> list[Scope]:
+        """A decorated generator takes its scope away, and those inside it; returns the latter."""
+        place = self.scopes.index(scope)
+        _, *inside = self.scopes[place:]
+        del self.scopes[place:]
+        return inside
+
     def scope(self, bind_key: str | None) -> str | None:
-        roles = [role for role, about in self.scopes if not about or bind_key in about]
-        return roles[-1] if roles else None
+        about = [
+            scope for scope in self.scopes if not scope.bind_keys or bind_key in scope.bind_keys
+        ]
+        return about[-1].role if about else None
 
     def route(self, bind_key: str | None, not_read: str | None = None) -> Route:
         """Where a statement must go."""
@@ -688,23 +756,44 @@ class Model:
 
 
 class Program:
-    """Runs steps on the real thing and on the model, and compares after each."""
+    """Runs steps on the real thing and on the model, and compares after each.
+
+    Steps run as a generator, so that one that pauses can be resumed in whatever way there is.
+    """
 
     def __init__(self, lab: Lab, model: Model) -> None:
         self.lab = lab
         self.model = model
         self.session = lab.db.session
+        self.flows: dict[int, Flow] = {}
 
-    def run(self, steps: list[Step]) -> None:
+    def play(self, steps: list[Step]) -> Body:
+        """Run the whole program. What it has started and not finished is left half-way."""
+        try:
+            yield from self.do_attempt(steps)
+        finally:
+            for flow in self.flows.values():
+                flow.close()
+
+    def run(self, steps: list[Step]) -> Body:
         for name, *arguments in steps:
-            getattr(self, f"do_{name.replace('with', 'scope')}")(*arguments)
-            assert len(self.lab.db.scopes.get()) == len(self.model.scopes)
+            if name == "pause":
+                yield
+            else:
+                yield from getattr(self, f"do_{name.replace('with', 'scope')}")(*arguments) or ()
+            self.compare()
+
+    def compare(self) -> None:
+        entered = [(scope.role, scope.bind_keys) for scope in self.lab.db.scopes.get()]
+        assert entered == [(scope.role, scope.bind_keys) for scope in self.model.scopes]
 
     def do_read(self, bind_key: str | None) -> None:
         expected = (self.model.rows[bind_key], self.model.route(bind_key))
         assert self.lab.routed(lambda: self.lab.count(bind_key)) == expected
 
     def do_write(self, bind_key: str | None) -> None:
+        if self.model.rows is self.model.committed:  # a stranger would wait for SQLite's lock
+            return
         expected = self.model.route(bind_key, "write")
         insert = sa.insert(self.lab.tables[bind_key])
         assert self.lab.routed(lambda: self.session.execute(insert))[1] == expected
@@ -734,50 +823,176 @@ class Program:
     def do_stop(self) -> None:
         raise Stop
 
-    def do_attempt(self, steps: list[Step]) -> None:
-        outside = len(self.model.scopes)
+    def do_attempt(self, steps: list[Step]) -> Body:
         with contextlib.suppress(Stop):
-            self.run(steps)
-        assert len(self.model.scopes) == outside
+            yield from self.run(steps)
 
-    def do_scope(self, role: str, about: frozenset[str | None], steps: list[Step]) -> None:
-        with scope_for(self.lab.db, role, *about):
-            self.inside(role, about, steps)
+    def do_scope(self, role: str, about: frozenset[str | None], steps: list[Step]) -> Body:
+        scope = scope_for(self.lab.db, role, *about)
+        with scope:
+            self.model.enter(scope)
+            try:
+                yield from self.run([("pause",), *steps])
+            finally:
+                self.model.leave(scope)
 
     def do_decorator(self, role: str, about: frozenset[str | None], steps: list[Step]) -> None:
-        scope_for(self.lab.db, role, *about)(self.inside)(role, about, steps)
+        scope = scope_for(self.lab.db, role, *about)
 
-    def inside(self, role: str, about: frozenset[str | None], steps: list[Step]) -> None:
-        self.model.scopes.append((role, about))
-        try:
-            self.run(steps)
-        finally:
-            self.model.scopes.pop()
+        @scope
+        def function() -> None:
+            self.model.enter(scope)
+            try:
+                for _ in self.run(steps):
+                    pass
+            finally:
+                self.model.leave(scope)
+
+        function()
+
+    def do_start(self, slot: int, kind: str, steps: list[Step], *scope: t.Any) -> None:
+        if kind == "task" and asyncio._get_running_loop() is not None:  # tasks do not start tasks
+            return
+        if slot in self.flows:
+            self.flows.pop(slot).close()
+        self.flows[slot] = getattr(self, f"start_{kind}")(steps, *scope)
+        self.flows[slot].resume()
+
+    def do_resume(self, slot: int) -> None:
+        if slot in self.flows:
+            self.flows[slot].resume()
+
+    def start_generator(self, steps: list[Step]) -> Flow:
+        return Flow(Program(self.lab, self.model).play(steps))
+
+    def start_decorated(self, steps: list[Step], role: str, about: frozenset[str | None]) -> Flow:
+        scope = scope_for(self.lab.db, role, *about)
+        body = Program(self.lab, self.model).play(steps)
+        inside: list[Scope] = []
+
+        @contextlib.contextmanager
+        def turn() -> t.Iterator[None]:
+            self.model.enter(scope, *inside)
+            try:
+                yield
+            finally:
+                inside[:] = self.model.suspend(scope)
+
+        @scope
+        def generator() -> Body:
+            try:
+                while True:
+                    with turn():
+                        if next(body, "end") == "end":
+                            return
+                    yield
+            finally:
+                with turn():
+                    body.close()
+
+        return Flow(generator())
+
+    def start_task(self, steps: list[Step]) -> Flow:
+        return TaskFlow(Program(self.lab, self.model.task()).play(steps))
+
+    def start_thread(self, steps: list[Step]) -> Flow:
+        return ThreadFlow(self.stranger(steps))
+
+    def start_greenlet(self, steps: list[Step]) -> Flow:
+        return GreenletFlow(self.stranger(steps))
+
+    def stranger(self, steps: list[Step]) -> Body:
+        """In a context of its own, entered where it runs."""
+        with self.lab.app.app_context():
+            yield from Program(self.lab, self.model.stranger()).play(steps)
 
 
-@settings(deadline=None)
+class Flow:
+    """A body that is resumed until its next pause, and may be left there. This is a generator."""
+
+    def __init__(self, body: Body) -> None:
+        self.body = body
+
+    def resume(self) -> None:
+        next(self.body, None)
+
+    def close(self) -> None:
+        self.body.close()
+
+
+class ThreadFlow(Flow):
+    def __init__(self, body: Body) -> None:
+        super().__init__(body)
+        self.executor = ThreadPoolExecutor(1)
+
+    def resume(self) -> None:
+        self.executor.submit(super().resume).result()
+
+    def close(self) -> None:
+        with self.executor:
+            self.executor.submit(super().close).result()
+
+
+class GreenletFlow(Flow):
+    def __init__(self, body: Body) -> None:
+        super().__init__(body)
+        self.greenlet = greenlet.greenlet(self.work)
+
+    def work(self) -> None:
+        with contextlib.closing(self.body):
+            for _ in self.body:
+                greenlet.getcurrent().parent.switch()
+
+    def resume(self) -> None:
+        if not self.greenlet.dead:
+            self.greenlet.switch()
+
+    def close(self) -> None:
+        self.greenlet.throw(greenlet.GreenletExit)
+
+
+class TaskFlow(Flow):
+    def __init__(self, body: Body) -> None:
+        super().__init__(body)
+        self.loop = asyncio.new_event_loop()
+        self.task = self.loop.create_task(self.work())
+
+    async def work(self) -> None:
+        with contextlib.closing(self.body):
+            for _ in self.body:
+                await asyncio.sleep(0)
+
+    def resume(self) -> None:
+        self.loop.call_soon(self.loop.stop)  # after one turn of each task
+        self.loop.run_forever()
+
+    def close(self) -> None:
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            self.loop.run_until_complete(self.task)
+        self.loop.close()
+
+
+@settings(deadline=None, max_examples=300)
 @given(st.sampled_from([None, "GET", "POST"]), st.lists(step, max_size=15))
 def test_any_program(module_lab: Lab, method: str | None, steps: list[Step]) -> None:
-    """Whatever is entered, left, raised, written, committed or undone in a unit of work, each
-    statement goes where the rules say, and every read sees what the unit has written."""
-    context = (
-        module_lab.app.app_context()
-        if method is None
-        else module_lab.app.test_request_context(method=method)
-    )
-    with context:
-        with module_lab.db.transaction() as session:
-            for table in module_lab.tables.values():
-                session.execute(sa.delete(table))
+    """Whatever is entered, left, raised, written, committed, undone, or half done by generators,
+    threads, greenlets and tasks: each statement goes where the rules say, and every read sees what
+    its unit of work has written."""
+
+    def context() -> t.Any:
+        if method is None:
+            return module_lab.app.app_context()
+        return module_lab.app.test_request_context(method=method)
+
+    with context(), module_lab.db.transaction() as session:
+        for table in module_lab.tables.values():
+            session.execute(sa.delete(table))
     model = Model(method)
-    program = Program(module_lab, model)
-    unit = (
-        module_lab.app.app_context()
-        if method is None
-        else module_lab.app.test_request_context(method=method)
-    )
-    with unit:
-        program.do_attempt(steps)
+    with context():
+        for _ in Program(module_lab, model).play(steps):
+            pass
+    assert model.scopes == []
     assert module_lab.db.scopes.get() == ()
     with module_lab.app.app_context():
         counts = {bind_key: module_lab.count(bind_key) for bind_key in BINDS}

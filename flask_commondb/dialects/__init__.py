@@ -11,9 +11,13 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from .generic import NO_LIMITS
+from .generic import Address
 from .generic import CurrentLimits
 from .generic import Generic
 from .generic import Limits
+from .generic import is_readable
+from .generic import uncounted
+from .histories import Position
 from .mysql import MySQL
 from .postgresql import PostgreSQL
 from .sqlite import SQLite
@@ -21,13 +25,17 @@ from .sqlite import SQLite
 __all__ = [
     "FAMILIES",
     "NO_LIMITS",
+    "Address",
     "CurrentLimits",
     "Generic",
     "Limits",
     "MySQL",
+    "Position",
     "PostgreSQL",
     "SQLite",
     "dialect_for",
+    "is_readable",
+    "uncounted",
 ]
 
 #: The families whose servers can hold a connection read-only, by SQLAlchemy's backend name.

@@ -16,6 +16,7 @@ import typing as t
 
 from .generic import CurrentLimits
 from .generic import Limits
+from .generic import Patience
 from .generic import is_readable
 
 
@@ -58,6 +59,9 @@ class Frugal:
 
     #: What the caller allows to the next statement; an engine's connections have their own.
     limits: CurrentLimits = staticmethod(lambda: None)
+
+    #: Who is asked when the server says nothing; an engine's connections have their own, or nobody.
+    patience: Patience | None = None
 
     @property
     def is_mariadb(self) -> bool:

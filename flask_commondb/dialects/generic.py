@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import select
+import time
 import typing as t
 
 import sqlalchemy as sa
@@ -12,6 +13,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import PoolProxiedConnection
 
 from ..errors import ProcedureNotSupported
+from .histories import Position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,17 @@ CurrentLimits = t.Callable[[], "Limits | None"]
 #: See :attr:`Generic.arguments`.
 Arguments = t.Mapping[str, t.Mapping[str, tuple[str, t.Callable[[float], float]]]]
 
+#: Where a driver connects to: a host and its port, or the path of a Unix socket.
+Address = tuple[str, int] | str
+
+
+class Patience(t.Protocol):
+    """What the connections know of :class:`flask_commondb.patience.Patience`."""
+
+    seconds: float
+
+    def wait(self, descriptor: int, is_answering: t.Callable[[float], bool]) -> bool: ...
+
 
 class Generic:
     """A server of which nothing special is known.
@@ -87,6 +100,12 @@ class Generic:
     #: name, and what is made of the seconds.
     arguments: t.ClassVar[Arguments] = {}
 
+    #: What a client says before the server's first word.
+    hello = b""
+
+    #: Whether the server counts connections that end before the login, and locks out who has many.
+    counts_knocks = False
+
     #: Whether the driver's unbuffered cursors work outside of a transaction.
     streams_in_autocommit = True
 
@@ -99,6 +118,23 @@ class Generic:
 
         :param limits: what the caller allows to a statement at the moment.
         """
+
+    def be_patient(self, patience: Patience) -> None:
+        """Have the engine's connections ask whether a server that says nothing is alive.
+
+        Where the connections are ours; after :meth:`install`.
+        """
+
+    def address(self, arguments: t.Mapping[str, t.Any]) -> Address | None:
+        """Where the driver connects to; ``None`` if that is not known, or not one place.
+
+        :param arguments: of the driver's ``connect()``.
+        """
+        return None
+
+    def opens(self, words: bytes) -> bool | None:
+        """Whether the server's first words open its door; ``None`` if they are not all there."""
+        return None
 
     def uses(self, dbapi_connection: t.Any) -> int | None:
         """How often something was sent since the last :meth:`begin_use`.
@@ -127,6 +163,17 @@ class Generic:
         """
         return False
 
+    def is_writable(self, dbapi_connection: DBAPIConnection) -> bool:
+        """Whether the server can be written to: it is a primary. One round trip.
+
+        That this connection is read-only, or its user may write on a replica, says nothing.
+        """
+        return True
+
+    def is_full(self, error: t.Any) -> bool:
+        """Whether the driver's error says that the server lets nobody in just now."""
+        return False
+
     def is_timeout(self, error: t.Any) -> bool:
         """Whether the driver's error says that a statement has taken longer than it may."""
         return False
@@ -151,6 +198,10 @@ class Generic:
         Only if nothing is lost with it.
         """
 
+    def position(self, dbapi_connection: DBAPIConnection) -> Position:
+        """How far the server is in its cluster's history. One round trip, without privileges."""
+        raise NotImplementedError(f"{self.dialect.name} has no positions that could be compared.")
+
     def prepare_primary(self, dbapi_connection: DBAPIConnection) -> None:
         """Set up a new connection to a primary that has replicas."""
 
@@ -169,7 +220,8 @@ class Generic:
     def failure(self, error: BaseException) -> str | None:
         """Why a unit of work has failed that would succeed when it is run again.
 
-        :returns: ``"deadlock"``, ``"lock_timeout"``, ``"serialization"``, or ``None``.
+        :returns: ``"deadlock"``, ``"lock_timeout"``, ``"serialization"``, ``"demoted"``, or
+            ``None``.
         """
         original = error.orig if isinstance(error, sa.exc.DBAPIError) else error
         if isinstance(original, self.dialect.loaded_dbapi.Error):
@@ -252,11 +304,16 @@ def run(dbapi_connection: DBAPIConnection, statement: str) -> None:
 
 def ask(dbapi_connection: DBAPIConnection, statement: str) -> t.Any:
     """:func:`run` a query for one value; ``None`` if it has no row."""
+    row = ask_row(dbapi_connection, statement)
+    return None if row is None else row[0]
+
+
+def ask_row(dbapi_connection: DBAPIConnection, statement: str) -> t.Any:
+    """:func:`run` a query for one row; ``None`` if it has none."""
     cursor = dbapi_connection.cursor()
     try:
         cursor.execute(statement)
-        row = cursor.fetchone()
-        return None if row is None else row[0]
+        return cursor.fetchone()
     finally:
         cursor.close()
 
@@ -272,10 +329,39 @@ def uncounted(dbapi_connection: t.Any) -> t.Iterator[None]:
             dbapi_connection.uses = uses
 
 
+def answering(
+    is_readable: t.Callable[[float], bool], limit: float | None
+) -> t.Callable[[float], bool]:
+    """For :meth:`Patience.wait`: the same function, for so many seconds more.
+
+    :param limit: after which it raises :exc:`TimeoutError`; ``None`` for never.
+    """
+    if limit is None:
+        return is_readable
+    until = time.monotonic() + limit
+
+    def is_answering(seconds: float) -> bool:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        return is_readable(min(seconds, left))
+
+    return is_answering
+
+
 def is_readable(descriptor: int, timeout: float = 0) -> bool:
     """Whether there is something to read, or the end of the stream, within some seconds."""
+    return waiting(descriptor)(timeout)
+
+
+def waiting(
+    descriptor: int, to_read: bool = True, to_write: bool = False
+) -> t.Callable[[float], bool]:
+    """A function that waits for some seconds; whether the descriptor is ready then."""
     if hasattr(select, "poll"):
         poll = select.poll()
-        poll.register(descriptor, select.POLLIN | select.POLLPRI)
-        return bool(poll.poll(timeout * 1000))
-    return bool(select.select([descriptor], [], [], timeout)[0])
+        events = (select.POLLIN | select.POLLPRI) * to_read | select.POLLOUT * to_write
+        poll.register(descriptor, events)
+        return lambda seconds: bool(poll.poll(seconds * 1000))
+    reads, writes = [descriptor] * to_read, [descriptor] * to_write
+    return lambda seconds: any(select.select(reads, writes, [], seconds))

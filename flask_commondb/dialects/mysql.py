@@ -18,16 +18,22 @@ from . import mysqlclient
 from . import pymysql
 from .frugal import Frugal
 from .frugal import mariadb_variables
+from .generic import Address
 from .generic import Arguments
 from .generic import CurrentLimits
 from .generic import Generic
 from .generic import Limits
 from .generic import Outcome
 from .generic import Parameter
+from .generic import Patience
 from .generic import ResultSet
 from .generic import ask
+from .generic import ask_row
 from .generic import run
 from .generic import uncounted
+from .histories import MariaDBPosition
+from .histories import MySQLPosition
+from .histories import Position
 
 #: The SERVER_STATUS_ bits of these names in the client/server protocol.
 _IN_TRANSACTION = 1
@@ -46,6 +52,9 @@ WHERE r.routine_schema = COALESCE(%s, DATABASE()) AND r.routine_name = %s
 ORDER BY p.ordinal_position
 """
 
+#: The error of who lacks a privilege for the statement.
+_ACCESS_DENIED = 1227
+
 #: By error number. 1020, a row that has changed since it was read, is MariaDB's name for it when
 #: ``innodb_snapshot_isolation`` is on.
 _FAILURES = {1213: "deadlock", 1205: "lock_timeout", 1020: "serialization"}
@@ -57,11 +66,31 @@ _NOT_SENT = (2006, 0)
 #: The server runs with an option that keeps it from executing the statement.
 _OPTION_PREVENTS = 1290
 
-#: A read-only transaction; MySQL's read-only mode.
-_READ_ONLY = (1792, 1836)
+#: Also the user's own, by choice.
+_READ_ONLY_TRANSACTION = 1792
+
+#: MySQL's own word for it.
+_READ_ONLY_MODE = 1836
+
+#: MySQL's super_read_only is never on without the first.
+_READ_ONLY_MODES = "SELECT @@global.read_only, @@global.innodb_read_only"
+
+#: Too many connections: of all, or of this user.
+_FULL = (1040, 1203, 1226)
 
 #: MariaDB's max_statement_time; MySQL's max_execution_time.
 _TIMEOUTS = (1969, 3024)
+
+#: The first byte of a packet that is an error.
+_ERROR = 0xFF
+
+_PORT = 3306
+
+#: Arguments of a driver that name a file in which more of them stand.
+_OPTION_FILES = {"read_default_file", "read_default_group"}
+
+_MARIADB_POSITION = "SELECT @@server_id, @@gtid_current_pos, @@gtid_slave_pos"
+_MYSQL_POSITION = "SELECT @@server_uuid, @@global.gtid_executed"
 
 #: By the driver's module.
 _CONNECTIONS = {"pymysql": pymysql.connection_class, "MySQLdb": mysqlclient.connection_class}
@@ -75,6 +104,8 @@ _STALE_SIGNATURE = ((1305,), (1318,), (1414,))
 
 class MySQL(Generic):
     """The MySQL family."""
+
+    counts_knocks = True
 
     arguments: t.ClassVar[Arguments] = {
         "pymysql": {"connect_timeout": ("connect_timeout", float)},
@@ -92,6 +123,26 @@ class MySQL(Generic):
             shared = {"limits": staticmethod(limits), "tls_contexts": {}}
             connection_class = type("Connection", (_CONNECTIONS[driver](),), shared)
             self.dialect.connect = connection_class  # type: ignore[method-assign]
+
+    def be_patient(self, patience: Patience) -> None:
+        connect: t.Any = self.dialect.connect
+        if isinstance(connect, type) and issubclass(connect, Frugal):
+            connect.patience = patience
+
+    def address(self, arguments: t.Mapping[str, t.Any]) -> Address | None:
+        driver = self.dialect.driver
+        if driver not in self.arguments or _OPTION_FILES & arguments.keys():
+            return None
+        path = arguments.get("unix_socket")
+        host = str(arguments.get("host") or "localhost")
+        if path or (driver == "mysqldb" and host == "localhost"):
+            return str(path) if path else None  # a Unix socket that the C library knows
+        return host, int(arguments.get("port") or _PORT)
+
+    def opens(self, words: bytes) -> bool | None:
+        # Behind the four bytes of a packet's head: the protocol's version, or the sign of an error,
+        # such as 1040 (too many connections) or 1129 (the host is blocked).
+        return words[4] != _ERROR if len(words) > 4 else None
 
     def why_no_twophase(self, engine: sa.Engine) -> str | None:
         with engine.connect():  # so that the version is known
@@ -182,11 +233,21 @@ class MySQL(Generic):
     def idle_limit(self, dbapi_connection: DBAPIConnection) -> float | None:
         return float(ask(dbapi_connection, "SELECT @@wait_timeout"))
 
+    def position(self, dbapi_connection: DBAPIConnection) -> Position:
+        if t.cast(t.Any, self.dialect).is_mariadb:
+            return MariaDBPosition.read(*ask_row(dbapi_connection, _MARIADB_POSITION))
+        return MySQLPosition.read(*ask_row(dbapi_connection, _MYSQL_POSITION))
+
     def is_demoted(self, error: t.Any, dbapi_connection: t.Any) -> bool:
-        code, text = (*error.args, "", "")[:2]
-        if code == _OPTION_PREVENTS:  # --skip-grant-tables and others do so, too
-            return "read-only" in str(text) or "read_only" in str(text)
-        return code in _READ_ONLY
+        return _is_read_only_mode(error) or error.args[:1] == (_READ_ONLY_TRANSACTION,)
+
+    def is_writable(self, dbapi_connection: DBAPIConnection) -> bool:
+        with uncounted(dbapi_connection):
+            found = ask_row(dbapi_connection, _READ_ONLY_MODES)
+        return all(str(mode).upper() in ("0", "OFF") for mode in found)
+
+    def is_full(self, error: t.Any) -> bool:
+        return bool(error.args) and error.args[0] in _FULL
 
     def is_timeout(self, error: t.Any) -> bool:
         return bool(error.args) and error.args[0] in _TIMEOUTS
@@ -231,6 +292,12 @@ class MySQL(Generic):
     def hold_read_only(self, dbapi_connection: DBAPIConnection) -> None:
         # Stronger than the server's read_only: it binds users with READ_ONLY ADMIN as well.
         run(dbapi_connection, "SET SESSION TRANSACTION READ ONLY")
+        # It lets them ANALYZE and FLUSH, which a replica must not log as transactions of its own.
+        try:
+            run(dbapi_connection, "SET SESSION sql_log_bin = 0")
+        except self.dialect.loaded_dbapi.Error as error:
+            if error.args[0] != _ACCESS_DENIED:  # to all but them, who need it
+                raise
 
     def is_left_open(self, dbapi_connection: DBAPIConnection) -> bool:
         status = getattr(dbapi_connection, "server_status", None)
@@ -246,6 +313,8 @@ class MySQL(Generic):
         return bool(reading or getattr(result, "unbuffered_active", False))
 
     def classify(self, error: t.Any) -> str | None:
+        if _is_read_only_mode(error):
+            return "demoted"
         return _FAILURES.get(error.args[0]) if error.args else None
 
     def is_autocommit(self, dbapi_connection: DBAPIConnection) -> bool | None:
@@ -265,6 +334,13 @@ def _set_session(dbapi_connection: t.Any, variables: t.Mapping[str, t.Any]) -> N
 def _variables(parameters: t.Sequence[Parameter]) -> t.Iterator[tuple[str, Parameter]]:
     for index, parameter in enumerate(parameters):
         yield f"@commondb_{index}", parameter
+
+
+def _is_read_only_mode(error: t.Any) -> bool:
+    code, text = (*error.args, "", "")[:2]
+    if code == _OPTION_PREVENTS:  # --skip-grant-tables and others do so, too
+        return "read-only" in str(text) or "read_only" in str(text)
+    return bool(code == _READ_ONLY_MODE)
 
 
 def _quote(identifier: str) -> str:

@@ -14,7 +14,10 @@ import typing as t
 
 from .frugal import Frugal
 from .generic import PING_TIMEOUT
+from .generic import Patience
+from .generic import answering
 from .generic import is_readable
+from .generic import waiting
 
 #: What begins no transaction.
 _READ = re.compile(rb"[\s(]*(SELECT|WITH|SHOW|EXPLAIN|DESC)\b", re.IGNORECASE)
@@ -29,10 +32,65 @@ def connection_class() -> type[t.Any]:
     """
     from MySQLdb import OperationalError
     from MySQLdb.connections import Connection as MySQLdbConnection
+    from MySQLdb.constants import CR
 
     base: t.Any = MySQLdbConnection
 
-    class Connection(Frugal, base):  # type: ignore[misc]
+    class Patient(base):  # type: ignore[misc]
+        """Asks whether the server is alive while it has not begun to answer a statement.
+
+        The rest of an answer, and the further results of a procedure, are read in C without end: so
+        much of them may have been read already that a poll() would not tell.
+        """
+
+        patience: Patience | None = None
+
+        def __init__(self, *args: t.Any, **kwargs: t.Any) -> None:
+            self._read_timeout = kwargs.get("read_timeout")
+            super().__init__(*args, **kwargs)
+
+        def query(self, query: bytes) -> None:
+            if self.patience is None:
+                super().query(query)
+            else:
+                self._ask(self.patience, query)
+
+        def commit(self) -> None:
+            if self.patience is None:
+                super().commit()
+            else:
+                self._ask(self.patience, b"COMMIT")
+
+        def rollback(self) -> None:
+            if self.patience is None:
+                super().rollback()
+            else:
+                self._ask(self.patience, b"ROLLBACK")
+
+        @functools.cached_property
+        def _is_readable(self) -> t.Callable[[float], bool]:
+            return waiting(self.fileno())
+
+        def _ask(self, patience: Patience, query: bytes) -> None:
+            self.send_query(query)
+            try:
+                if not self._is_readable(patience.seconds):
+                    self._wait_on(patience)
+            except BaseException as error:  # the answer would be the next statement's
+                self.cut()
+                if not isinstance(error, TimeoutError):
+                    raise
+                message = f"Lost connection to server during query ({error})"
+                raise OperationalError(CR.SERVER_LOST, message) from error
+            self.read_query_result()
+
+        def _wait_on(self, patience: Patience) -> None:
+            limit = self._read_timeout and self._read_timeout - patience.seconds
+            is_answering = answering(self._is_readable, limit)
+            if not patience.wait(self.fileno(), is_answering):
+                raise TimeoutError("it says nothing, not even to a new connection")
+
+    class Connection(Frugal, Patient):
         #: Whether an unbuffered cursor has rows that it has not read.
         is_reading = False
 
@@ -76,7 +134,8 @@ def connection_class() -> type[t.Any]:
         def _read_answer(self) -> None:
             if not is_readable(self.fileno(), PING_TIMEOUT):
                 self.close()
-                raise OperationalError(2013, "The server has not answered a ping in time.")
+                message = "The server has not answered a ping in time."
+                raise OperationalError(CR.SERVER_LOST, message)
             self.read_query_result()
             self.store_result()
 

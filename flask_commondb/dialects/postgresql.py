@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
+import struct
 import typing as t
 
 import sqlalchemy as sa
@@ -13,13 +15,18 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import PoolProxiedConnection
 
 from . import psycopg
+from .generic import Address
 from .generic import Arguments
 from .generic import CurrentLimits
 from .generic import Generic
 from .generic import Limits
+from .generic import Patience
 from .generic import ask
+from .generic import ask_row
 from .generic import run
 from .generic import uncounted
+from .histories import Position
+from .histories import PostgreSQLPosition
 
 #: libpq's PQTRANS_IDLE, PQTRANS_INTRANS and PQTRANS_INERROR: no transaction, one, a failed one.
 _IDLE = 0
@@ -35,6 +42,24 @@ _READ = re.compile(r"[\s(]*(SELECT|WITH|TABLE|VALUES)\b", re.IGNORECASE)
 
 #: In milliseconds: an int of the server.
 _LONGEST = 2**31 - 1
+
+_PORT = 5432
+
+#: Arguments that say where libpq finds more of them.
+_ELSEWHERE = {"conninfo", "dsn", "service", "servicefile"}
+
+_POSITION = """
+SELECT pg_postmaster_start_time()::text,
+  CASE WHEN NOT pg_is_in_recovery() THEN pg_current_wal_insert_lsn()::text END,
+  pg_last_wal_replay_lsn()::text
+"""
+
+#: What the server, the database or the user has by default, not what this session has chosen.
+_IS_WRITABLE = """
+SELECT NOT pg_is_in_recovery() AND EXISTS (
+  SELECT FROM pg_settings WHERE name = 'default_transaction_read_only' AND reset_val = 'off'
+)
+"""
 
 #: By SQLSTATE.
 _READ_ONLY = "25006"
@@ -68,6 +93,9 @@ class PostgreSQL(Generic):
         "psycopg2": {"connect_timeout": ("connect_timeout", math.ceil)},
     }
 
+    #: SSLRequest, which every server answers before it wants to know who asks.
+    hello = struct.pack("!II", 8, 80877103)
+
     #: A server-side cursor is the transaction's.
     streams_in_autocommit = False
 
@@ -88,9 +116,28 @@ class PostgreSQL(Generic):
         self.dialect.do_rollback_to_savepoint = do_rollback_to_savepoint  # type: ignore[method-assign]
         own = type(self.dialect).connect is not DefaultDialect.connect
         if not own and getattr(self.dialect.dbapi, "__name__", "") == "psycopg":
-            connection_class = psycopg.connection_class()
+            connection_class: t.Any = type("Connection", (psycopg.connection_class(),), {})
             self.dialect.connect = connection_class.connect  # type: ignore[method-assign]
             self.dialect.do_ping = connection_class.ping  # type: ignore[method-assign]
+
+    def be_patient(self, patience: Patience) -> None:
+        connection_class: t.Any = getattr(self.dialect.connect, "__self__", None)
+        if hasattr(connection_class, "patience"):
+            connection_class.patience = patience
+
+    def address(self, arguments: t.Mapping[str, t.Any]) -> Address | None:
+        # Without a host libpq looks for one in several places; it connects to several in turn.
+        host = str(arguments.get("hostaddr") or arguments.get("host") or "")
+        if self.dialect.driver not in self.arguments or not host or set(host) & set(",@"):
+            return None
+        if _ELSEWHERE & arguments.keys() or "PGSERVICE" in os.environ:
+            return None
+        port = str(arguments.get("port") or os.environ.get("PGPORT") or _PORT)
+        return f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, int(port))
+
+    def opens(self, words: bytes) -> bool | None:
+        # One letter: whether it speaks TLS. "E" begins an error.
+        return words[:1] != b"E" if words else None
 
     def was_sent(self, error: t.Any, cursor: t.Any) -> bool:
         # BEGIN goes first, and its answer is waited for. psycopg documents the attribute.
@@ -104,10 +151,21 @@ class PostgreSQL(Generic):
             )
         return int(milliseconds or 0) / 1000 or None  # 0: never
 
+    def position(self, dbapi_connection: DBAPIConnection) -> Position:
+        return PostgreSQLPosition.read(*ask_row(dbapi_connection, _POSITION))
+
     def is_demoted(self, error: t.Any, dbapi_connection: t.Any) -> bool:
         # Under these names psycopg and psycopg2 have what ``postgresql_readonly`` has set.
         by_choice = any(getattr(dbapi_connection, name, None) for name in ("read_only", "readonly"))
         return bool(_state(error) == _READ_ONLY) and not by_choice
+
+    def is_writable(self, dbapi_connection: DBAPIConnection) -> bool:
+        with uncounted(dbapi_connection), outside_transaction(dbapi_connection):
+            return bool(ask(dbapi_connection, _IS_WRITABLE))
+
+    def is_full(self, error: t.Any) -> bool:
+        # psycopg does not know the state of a connection that was never made.
+        return "too many c" in str(error) or "remaining connection slots" in str(error)
 
     def is_timeout(self, error: t.Any) -> bool:
         # Someone's pg_cancel_backend() has the same code.
@@ -180,6 +238,13 @@ class PostgreSQL(Generic):
         with engine.connect() as connection:
             limit = connection.scalar(sa.text("SHOW max_prepared_transactions"))
         return "its max_prepared_transactions is 0" if limit == "0" else None
+
+    def failure(self, error: BaseException) -> str | None:
+        # A transaction that is read-only by choice has the same error, and keeps its connection.
+        is_lost = isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
+        if is_lost and _state(t.cast(t.Any, error).orig) == _READ_ONLY:
+            return "demoted"
+        return super().failure(error)
 
     def classify(self, error: t.Any) -> str | None:
         return _FAILURES.get(_state(error))

@@ -1,7 +1,8 @@
 """PyMySQL's connection, made to save round trips and to keep to time limits.
 
-Owns: the subclass, and the TLS context that an engine's connections share. PyMySQL is imported only
-when an engine uses it; what is used of its private parts is pinned by ``tests/test_contract.py``.
+Owns: the subclass, the socket that has a silent server asked, and the TLS context that an engine's
+connections share. PyMySQL is imported only when an engine uses it; what is used of its private
+parts is pinned by ``tests/test_contract.py``.
 
 Must not: know of engines, pools or SQLAlchemy.
 """
@@ -10,12 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
+import socket
 import ssl
 import typing as t
 
 from .frugal import Frugal
 from .generic import PING_TIMEOUT
+from .generic import Patience
+from .generic import answering
+from .generic import waiting
 from .packets import read_result
 
 #: The files in PyMySQL's TLS options.
@@ -43,6 +49,8 @@ def connection_class() -> type[t.Any]:
             # greets (frozen, or behind a dead proxy) would be waited for without end.
             with self._answered_within(self.connect_timeout):
                 super().connect(sock)
+            if self.patience is not None:
+                self._rfile = io.BufferedReader(_PatientSocket(self._sock, self.patience))
 
         def ping(self, reconnect: bool = False) -> None:
             with self._answered_within(self._ping_timeout):
@@ -108,6 +116,41 @@ def connection_class() -> type[t.Any]:
             return read_result(self)
 
     return Connection
+
+
+class _PatientSocket(io.RawIOBase):
+    """Reads from a socket. All that PyMySQL reads comes through here, up to 8 KB at once.
+
+    So a silence is noticed before an answer and in the middle of it, also in that of a procedure or
+    an unbuffered cursor. What is sent is not watched: a statement that is larger than the buffers
+    between here and a frozen server waits for PyMySQL's ``write_timeout``.
+    """
+
+    def __init__(self, sock: socket.socket, patience: Patience) -> None:
+        self._sock = sock
+        self._patience = patience
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: t.Any) -> int:
+        sock, patience = self._sock, self._patience
+        limit = sock.gettimeout()
+        if limit is not None and limit <= patience.seconds:  # of a ping, say
+            return sock.recv_into(buffer)
+        # Not poll(): only the socket itself knows whether TLS has a whole record.
+        sock.settimeout(patience.seconds)
+        try:
+            return sock.recv_into(buffer)
+        except TimeoutError:
+            more = limit and limit - patience.seconds
+            is_answering = answering(waiting(sock.fileno()), more)
+            while patience.wait(sock.fileno(), is_answering):
+                with contextlib.suppress(TimeoutError):
+                    return sock.recv_into(buffer)
+            raise TimeoutError("it says nothing, not even to a new connection") from None
+        finally:
+            sock.settimeout(limit)
 
 
 def _what_tls_is_made_of(options: t.Mapping[str, t.Any]) -> t.Any:
