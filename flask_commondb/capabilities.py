@@ -26,6 +26,7 @@ OWN = {
     "pool_min_size": "a whole number, 0 or more",
     "pool_max_idle": "a number of seconds above 0, or None",
     "pool_ping_after": "a number of seconds, 0 or more, or None",
+    "pool_resolve_after": "a number of seconds above 0, or None",
     "statement_timeout": "a number of seconds above 0, or None",
     "lock_timeout": "a number of seconds above 0, or None",
 }
@@ -59,7 +60,7 @@ class Capabilities:
         of_pool = set() if chosen.get("pool") else _pool_options(self.pool_class)
         self.not_for_pool = _pool_options(sa.QueuePool) - of_pool
         if not self.has_queue:
-            self.not_for_pool |= {"pool_min_size", "pool_max_idle", "pool_ping_after"}
+            self.not_for_pool |= {name for name in OWN if name.startswith("pool_")}
         self.has_plugins = bool(chosen.get("plugins") or "plugin" in url.query)
         of_engine = get_cls_kwargs(sa.Engine) - {"url", "dialect", "pool"}
         self.known = {
@@ -153,6 +154,8 @@ def why_impossible(name: str, dialect: type[sa.Dialect]) -> str | None:
         return f"{name!r} is not known to be possible on {dialect.name}."
     if name == "pool_ping_after" and family.is_local:
         return "'pool_ping_after' is not for SQLite, which has no server that could hang up."
+    if name == "pool_resolve_after" and family.is_local:
+        return "'pool_resolve_after' is not for SQLite, which has no server with a name."
     if name == "connect_timeout" and not any(name in a for a in family.arguments.values()):
         return _no_connect_timeout(dialect)
     return None

@@ -238,6 +238,8 @@ class NoReplicaError(CommonDBError, sa_exc.OperationalError):
         ``None`` if none may.
     """
 
+    code = ""  # SQLAlchemy would lead to a page about errors of the server
+
     def __init__(self, bind_key: str | None, reason: str, limit: int | None = None) -> None:
         self.bind_key = bind_key
         self.reason = reason

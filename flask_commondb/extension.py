@@ -173,7 +173,8 @@ class CommonDB(SQLAlchemy):
 
         It is a :meth:`transaction` that is run again, as a whole, when the server has ended it for
         the sake of another one: after a deadlock, when a lock was waited for too long, or when
-        transactions could not be serialized. Between two attempts it waits for a random time that
+        transactions could not be serialized. So it is when the server has refused to write, because
+        it is no primary any more. Between two attempts it waits for a random time that
         grows. A transaction in which the session has only read is ended first.
 
         :param bind_keys: as for :meth:`transaction`.

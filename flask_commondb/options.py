@@ -38,6 +38,7 @@ class PoolSettings:
     min_size: int = 0
     max_idle: float | None = None
     ping_after: float | None = 5.0
+    resolve_after: float | None = 30.0
     connect_timeout: float = 10.0
     statement_timeout: float | None = None
     lock_timeout: float | None = None

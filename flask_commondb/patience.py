@@ -9,7 +9,6 @@ Must not: limit how long a living server works on a statement, or choose another
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import socket
@@ -82,13 +81,13 @@ class Patience:
         if address is None:  # closed, which the driver is about to find out
             return True
         since = time.monotonic() - self.seconds
-        for pause in _pauses():
-            if not self._is_alive(address, since, is_answering):
-                return is_answering(0)
+        pause, longest = PAUSES
+        while self._is_alive(address, since, is_answering):
             since = time.monotonic()
             if is_answering(pause):
                 return True
-        return True
+            pause = min(2 * pause, longest)
+        return is_answering(0)
 
     def _is_alive(
         self, address: Address, since: float, is_answering: t.Callable[[float], bool]
@@ -114,8 +113,7 @@ class Patience:
             while knock.answer(_SLICE) is None and not is_answering(0):
                 if time.monotonic() > until:
                     break
-            # Once more: it may be this process that was held up.
-            is_open = knock.answer()
+            knock.answer()  # once more: it may be this process that was held up
             is_alive = knock.has_spoken or not knock.is_under_way or is_answering(0)
             with self._lock:
                 door.is_alive, door.verdict_at = is_alive, time.monotonic()
@@ -125,14 +123,12 @@ class Patience:
                 knock.close()
         if not is_alive:
             _logger.warning(
-                "%s says nothing, and does not answer a new connection within %s s: what waits"
-                " for it is given up.",
+                "%s says nothing, on a new connection neither: what waits for it is given up.",
                 server_name(self._engine.url),
-                KNOCK_LIMIT,
             )
             if self._on_dead is not None:
                 self._on_dead()
-        elif is_open and self._dialect.counts_knocks:
+        elif self._dialect.counts_knocks:
             _log_in(self._engine, self._dialect)
         return is_alive
 
@@ -166,7 +162,7 @@ def _look_at_link(descriptor: int) -> Address | None:
     """The other end of a connection; and have the kernel find out whether the link still holds.
 
     A firewall may have forgotten this connection alone. Then the server answers a knock, and would
-    be waited for without end.
+    be waited for without end. Where the user's own limits are shorter, they stay.
     """
     try:
         with socket.socket(fileno=os.dup(descriptor)) as link:
@@ -175,16 +171,13 @@ def _look_at_link(descriptor: int) -> Address | None:
                 return os.fsdecode(place) or None
             link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for name, value in _KEEPALIVE.items():
-                if hasattr(socket, name):
-                    link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+                option = getattr(socket, name, None)
+                if option is not None:
+                    now = link.getsockopt(socket.IPPROTO_TCP, option) or value
+                    link.setsockopt(socket.IPPROTO_TCP, option, min(now, value))
             return place[0], place[1]
     except OSError:
         return None
-
-
-def _pauses() -> t.Iterator[float]:
-    first, longest = PAUSES
-    return (min(first * 2 ** min(number, 30), longest) for number in itertools.count())
 
 
 def _log_in(engine: sa.Engine, dialect: Generic) -> None:
@@ -192,10 +185,10 @@ def _log_in(engine: sa.Engine, dialect: Generic) -> None:
 
     So the server counts the knock no more: see :class:`.Knock`.
     """
-    arguments = dict(arguments_of(engine) or {})
+    arguments = dict(t.cast("t.Mapping[str, t.Any]", arguments_of(engine)))
     of_driver = dialect.arguments.get(engine.dialect.driver, {})
     listeners: t.Any = engine.dialect.dispatch
-    with contextlib.suppress(Exception):  # full, say: it is alive all the same
+    with contextlib.suppress(Exception):  # it has no room, say: alive it is
         connection = None
         for listener in listeners.do_connect:
             connection = listener(engine.dialect, None, [], arguments)

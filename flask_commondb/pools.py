@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from . import addresses
 from . import forks
 from . import keeping
 from . import liveness
@@ -29,7 +30,6 @@ from .dialects import uncounted
 from .errors import TwoPhaseNotSupported
 from .executing import Executor
 from .executing import Traffic
-from .holders import has_room
 from .options import PoolSettings
 from .patience import Patience
 
@@ -140,24 +140,27 @@ def position(connection: sa.Connection) -> Position | None:
 
 
 def primary_position(engine: sa.Engine) -> Position | None:
-    """How far a primary is; ``None`` if it cannot be asked now, as all its connections are in use.
+    """How far a primary is; ``None`` if it does not say.
 
-    Two round trips: it ends the transaction that some drivers begin for a question.
+    Three round trips: one to know that it answers at all, as it would be waited for, and one that
+    ends the transaction which some drivers begin for a question.
     """
-    if not has_room(engine.pool):
-        return None
+    dialect, driver_error = dialect_for(engine), engine.dialect.loaded_dbapi.Error
     try:
         proxied = engine.raw_connection()
-    except (sa.exc.SQLAlchemyError, engine.dialect.loaded_dbapi.Error):
+    except (sa.exc.SQLAlchemyError, driver_error):
         return None
     try:
-        return _ask_position(engine, t.cast(t.Any, proxied.dbapi_connection))
-    except engine.dialect.loaded_dbapi.Error as error:
+        dbapi_connection = t.cast(t.Any, proxied.dbapi_connection)
+        if dialect.answers(dbapi_connection):
+            return _ask_position(engine, dbapi_connection)
+        proxied.invalidate()
+    except driver_error as error:
         proxied.invalidate(error)
-        return None
     finally:
         with contextlib.suppress(Exception):
             proxied.close()
+    return None
 
 
 def retire(engine: sa.Engine) -> None:
@@ -368,6 +371,9 @@ def _prepare(
         max_idle=settings.max_idle,
     )
     if not dialect.is_local:
+        if settings.resolve_after is not None and isinstance(engine.pool, sa.QueuePool):
+            # First: so a connection that takes the place of a dead one is not looked up at once.
+            addresses.follow_names(engine, dialect, settings.resolve_after)
         ping_after = None if engine.pool._pre_ping else settings.ping_after
         liveness.look_at_checkout(engine, dialect, ping_after)
         if not settings.recycle_is_given:

@@ -169,20 +169,11 @@ class Candidates:
             if made is not None and made.is_used:
                 self._ask_again(dbapi_connection, made)
 
-        @sa.event.listens_for(engine, "invalidate")
-        def invalidate(
-            dbapi_connection: DBAPIConnection,
-            entry: ConnectionPoolEntry,
-            error: BaseException | None,
-        ) -> None:
-            if error is not None:  # lost, silent, or no primary any more
-                self._heard_at = float("-inf")
-
     def _open_primary(self, reach: Reach) -> DBAPIConnection | None:
         """A connection to the server that was the primary a moment ago, if it still is."""
         place = self._present
         try:
-            connection = reach.connect(place)
+            connection = reach.connect(place, soon=True)
         except self._driver_error as error:
             self._raise_if_full(error)
         else:
@@ -304,10 +295,7 @@ class Candidates:
         self, place: int, connection: DBAPIConnection, is_writable: bool
     ) -> DBAPIConnection:
         """A connection for the pool, which tells next where it keeps it."""
-        now = self._clock()
-        if is_writable:
-            self._heard_at = now
-        self._thread.made = _Made(place, is_writable, now)
+        self._thread.made = _Made(place, is_writable, self._clock())
         return connection
 
     def _ask_again(self, dbapi_connection: DBAPIConnection, made: _Made) -> None:

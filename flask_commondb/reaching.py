@@ -88,7 +88,7 @@ class Reach:
         known = self._dialect.arguments.get(self._dialect.dialect.driver, {})
         if soon and "connect_timeout" in known:
             name, convert = known["connect_timeout"]
-            kwargs[name] = convert(SILENCE)
+            kwargs[name] = convert(min(SILENCE, float(kwargs.get(name) or SILENCE)))
         return self._connect(*args, **kwargs)
 
     def answering(self, first: int, *, patiently: bool) -> t.Iterator[tuple[int, bool]]:

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from . import pools
 from .errors import NoReplicaError
+from .holders import has_room
 from .liveness import AT_ONCE
 from .probing import look_after
 from .probing import report_down
@@ -215,6 +216,27 @@ def is_current(
     return False
 
 
+def _ask_primary(replicas: ReplicaSet, primary: sa.Engine) -> bool:
+    """Learn how far the primary is. While it does not answer, few try, and less and less often."""
+    breaker = replicas.primary_breaker
+    is_trial = not breaker.is_closed
+    if not has_room(primary.pool) or (is_trial and not breaker.claim()):
+        return False
+    asked_at, position = time.monotonic(), None
+    try:
+        position = pools.primary_position(primary)
+    finally:
+        if position is not None:
+            replicas.positions.add(asked_at, position)
+            if is_trial:
+                breaker.close()
+        elif is_trial:
+            breaker.fail()
+        else:
+            breaker.trip()
+    return position is not None
+
+
 def _look(
     replica: Replica,
     connection: sa.Connection,
@@ -224,12 +246,8 @@ def _look(
 ) -> bool:
     """Learn how far both are; whether they have answered."""
     positions = replicas.positions
-    asked_at = replica.clock()
-    if asked_at - positions.newest > max_lag / 4:
-        position = pools.primary_position(primary)
-        if position is None:
-            return False
-        positions.add(asked_at, position)
+    if replica.clock() - positions.newest > max_lag / 4 and not _ask_primary(replicas, primary):
+        return False
     position = pools.position(connection)
     if position is None:
         return False

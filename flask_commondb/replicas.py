@@ -96,12 +96,11 @@ class Replica:
     @property
     def latency(self) -> float:
         """How many seconds a statement takes there, as it looks at present; 0 if not known."""
-        try:
-            fastest = min(self._samples)
-        except (ValueError, RuntimeError):  # none yet, or another thread adds one
+        samples = self._samples.copy()
+        if len(samples) < SAMPLES:
             return 0.0
         age = max(0.0, self.clock() - self._timed_at)
-        return float(min(fastest, SLOWEST) * 0.5 ** (age / HALF_LIFE))
+        return float(min(*samples, SLOWEST) * 0.5 ** (age / HALF_LIFE))
 
     def time(self, seconds: float) -> None:
         """A statement has taken so long there."""
@@ -164,6 +163,8 @@ class ReplicaSet:
         self.fallback = fallback
         self.slots = Slots(fallback_limit)
         self.positions = Positions()
+        #: While it is open the primary is not asked how far it is.
+        self.primary_breaker = Breaker(time.monotonic)
         self._policy = policy
         self._zones = {zone: rank for rank, zone in enumerate(zones)}
 

@@ -94,6 +94,8 @@ class RoutingSession(KeepsApart, UpstreamSession):
         #: Its connections to replicas.
         self.replica_reads = ReplicaReads()
         self._flushed: set[str | None] = set()
+        #: Whose replica answers the statement that is executed now.
+        self._reading: Unit | None = None
 
     @functools.cached_property
     def router(self) -> Router:
@@ -288,21 +290,18 @@ class RoutingSession(KeepsApart, UpstreamSession):
         # SQLAlchemy says neither clause nor mapper of a union of models, and of a bare function.
         kwargs["bind_arguments"] = {"clause": statement, **(kwargs.get("bind_arguments") or {})}
         while True:
+            self._reading = None
             started = time.monotonic()
             try:
                 return super()._execute_internal(statement, params, **kwargs)
             except sa.exc.DBAPIError as error:
-                if not error.connection_invalidated or not self._has_lost_replica(started):
-                    raise
-
-    def _has_lost_replica(self, started: float) -> bool:
-        """Whether a statement is to be tried once more, on another replica or on the primary."""
-        seconds = time.monotonic() - started
-        lost = [
-            self.replica_reads.lost(self.unit(bind_key), seconds)
-            for bind_key in list(self.replica_reads.connections)
-        ]
-        return any(lost)
+                unit, seconds = self._reading, time.monotonic() - started
+                if (
+                    unit is None
+                    or not error.connection_invalidated
+                    or not self.replica_reads.lost(unit, seconds)
+                ):
+                    raise  # else once more, on another replica or on the primary
 
     def _refuse_foreign_expressions(self) -> None:
         """A flush does not show the SQL expressions that it writes.
@@ -465,6 +464,7 @@ class RoutingSession(KeepsApart, UpstreamSession):
             name = self.router.primary_name(bind_key)
             self._tell(bind_key, "primary", name, unit.pinned or "replica_down")
             return None
+        self._reading = unit
         reason = "fallback" if is_stale else "read" if said.role is None else "scope"
         self._tell(bind_key, "replica", t.cast(Replica, unit.replica).name, reason)
         return connection

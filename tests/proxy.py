@@ -49,12 +49,23 @@ class Proxy:
     :param target: the server's port on the loopback interface. It may be changed, for the
         links to come.
     :param protocol: `"mysql"` to read the clients' commands, `None` to read nothing.
+    :param host: the address to listen on.
+    :param port: the port to listen on, if it must be a certain one.
     """
 
-    def __init__(self, target: int, protocol: t.Literal["mysql"] | None = "mysql") -> None:
+    def __init__(
+        self,
+        target: int,
+        protocol: t.Literal["mysql"] | None = "mysql",
+        host: str = "127.0.0.1",
+        port: int | None = None,
+    ) -> None:
         self.target = target
         self.protocol = protocol
-        self._listener: socket.socket | None = _listen_somewhere()
+        self.host = host
+        self._listener: socket.socket | None = (
+            _listen_somewhere(host) if port is None else _listen(port, host)
+        )
         self.port: int = self._listener.getsockname()[1]
         self._links: list[_Link] = []
         self._count = 0
@@ -163,7 +174,7 @@ class Proxy:
 
         def accept() -> None:
             if self._listener is None:
-                self._listener = _listen(self.port)
+                self._listener = _listen(self.port, self.host)
 
         self._do(accept)
 
@@ -512,12 +523,12 @@ COMMANDS: t.Final[c.Mapping[int, str]] = {
 }
 
 
-def _listen(port: int) -> socket.socket:
+def _listen(port: int, host: str = "127.0.0.1") -> socket.socket:
     listener = socket.socket()
     try:
         # Links that were closed from this side linger on the port, and must not block it.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port))
+        listener.bind((host, port))
         listener.listen(50)
         listener.setblocking(False)
     except OSError:
@@ -526,9 +537,9 @@ def _listen(port: int) -> socket.socket:
     return listener
 
 
-def _listen_somewhere() -> socket.socket:
+def _listen_somewhere(host: str) -> socket.socket:
     try:
-        return _listen(free_port())
+        return _listen(free_port(), host)
     except OSError:
         # Somebody was faster; twice in a row is not chance.
-        return _listen(free_port())
+        return _listen(free_port(), host)

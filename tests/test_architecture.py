@@ -21,7 +21,7 @@ LAYERS = (
     {"breakers", "errors", "naming", "policies", "positions", "signals"},
     {"commits", "dialects", "forks", "holders", "identities", "keeping", "statements"},
     {"capabilities", "knocking", "liveness", "scopes"},
-    {"executing", "patience", "reaching", "sources"},
+    {"addresses", "executing", "patience", "reaching", "sources"},
     {"options", "primaries"},
     {"config", "pools", "replicas", "procedures"},
     {"probing", "router"},

@@ -15,6 +15,7 @@ from flask_commondb.errors import CommonDBError
 from flask_commondb.errors import ConfigError
 from flask_commondb.errors import CrossBindError
 from flask_commondb.errors import NoContextError
+from flask_commondb.errors import NoReplicaError
 from flask_commondb.errors import OpenTransactionError
 from flask_commondb.errors import PartialCommitError
 from flask_commondb.errors import PoolExhausted
@@ -22,6 +23,7 @@ from flask_commondb.errors import ProcedureNotSupported
 from flask_commondb.errors import StatementTimeout
 from flask_commondb.errors import TwoPhaseNotSupported
 from flask_commondb.errors import UnknownBindError
+from flask_commondb.errors import UnknownReplicaError
 from flask_commondb.errors import WrongBindError
 
 #: One of each, with what an existing ``except`` clause catches it as.
@@ -43,6 +45,9 @@ ERRORS: list[tuple[CommonDBError, tuple[type[Exception], ...]]] = [
         StatementTimeout(sa_exc.OperationalError("SELECT 1", {}, Exception("too slow")), "a", 2),
         (sa_exc.OperationalError,),
     ),
+    (NoReplicaError("a", "lag"), (sa_exc.OperationalError,)),
+    (NoReplicaError(None, "replica_down", 3), (sa_exc.DBAPIError,)),
+    (UnknownReplicaError("a", "db4:3306", ["db2:3306"]), (KeyError,)),
     (ProcedureNotSupported("no procedures"), (NotImplementedError,)),
 ]
 
@@ -104,6 +109,21 @@ def test_text_is_what_was_given(error_class: type[CommonDBError]) -> None:
             "This session is for bind 'orders', but table 'post' belongs to bind None. Use"
             " db.sessions[None], or db.session, which finds the bind itself.",
         ),
+        (
+            NoReplicaError(None, "replica_down", 3),
+            "No replica of bind None can be reached. The 3 that COMMONDB_FALLBACK_LIMIT allows in a"
+            " process read from the primary already. See db.server_status().",
+        ),
+        (
+            NoReplicaError("orders", "lag"),
+            "No replica of bind 'orders' is known to be current enough. COMMONDB_FALLBACK, or the"
+            " scope, does not let it read from the primary. See db.server_status().",
+        ),
+        (
+            UnknownReplicaError("orders", "db4:3306", ["db2:3306", "db3:3306"]),
+            "Bind 'orders' has no replica 'db4:3306'; it has 'db2:3306', 'db3:3306'.",
+        ),
+        (UnknownReplicaError(None, "x", []), "Bind None has no replica 'x'; it has none."),
     ],
 )
 def test_texts(error: CommonDBError, text: str) -> None:

@@ -332,6 +332,31 @@ def test_a_primary_that_is_gone(
             lab.read()
 
 
+def test_a_primary_that_is_frozen(
+    make_lab: t.Callable[..., Lab], mariadb_database: Database[MariaDBCluster]
+) -> None:
+    """A primary that does not answer is waited for by one read now and then, not by all of them."""
+    lab = make_lab(COMMONDB_MAX_LAG=0.5, COMMONDB_FALLBACK="stale")
+    assert lab.run(lab.read) in REPLICAS
+    mariadb_database.cluster.primary.freeze()
+    time.sleep(0.6)
+    waited = []
+    for _ in range(40):
+        began = time.monotonic()
+        assert lab.run(lab.read) in REPLICAS
+        waited.append(time.monotonic() - began > 0.5)
+        time.sleep(0.02)
+    assert 1 <= sum(waited) <= 3
+    mariadb_database.cluster.primary.thaw()
+
+    def is_current() -> bool:
+        with lab.routes() as routes:
+            lab.run(lab.read)
+        return routes == [("replica", "read")]
+
+    wait_until(is_current, "a replica to be current", timeout=20)
+
+
 def test_many_threads(make_lab: t.Callable[..., Lab]) -> None:
     """Threads that all need a proof at the same time all find a replica."""
     lab = make_lab(COMMONDB_MAX_LAG=0.5)

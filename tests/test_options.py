@@ -157,6 +157,7 @@ def test_order(option: str, highest: int) -> None:
         ("pool_min_size", "min_size"),
         ("pool_max_idle", "max_idle"),
         ("pool_ping_after", "ping_after"),
+        ("pool_resolve_after", "resolve_after"),
         ("connect_timeout", "connect_timeout"),
         ("statement_timeout", "statement_timeout"),
         ("lock_timeout", "lock_timeout"),
@@ -482,6 +483,7 @@ def test_pools_that_cannot_take_it(place: str) -> None:
         "pool_min_size": 2,
         "pool_max_idle": 60,
         "pool_ping_after": 1,
+        "pool_resolve_after": 1,
         "pool_recycle": 100,
     }
     config: Options = {
@@ -512,8 +514,8 @@ def test_pools_that_cannot_take_it(place: str) -> None:
     for key, engine in engines.binds.items():
         assert recycle_of(engine) == 100
         own = settings(config, key, **constructor)
-        expected = (2, 60, 1) if key == "queue" else (0, None, 5)
-        assert (own.min_size, own.max_idle, own.ping_after) == expected
+        expected = (2, 60, 1, 1) if key == "queue" else (0, None, 5, 30)
+        assert (own.min_size, own.max_idle, own.ping_after, own.resolve_after) == expected
 
 
 def test_dialects_that_cannot_take_it() -> None:
@@ -612,15 +614,16 @@ def test_settings_reach_the_pools(monkeypatch: pytest.MonkeyPatch) -> None:
         "pool_min_size": 1,
         "pool_max_idle": 30,
         "pool_ping_after": None,
+        "pool_resolve_after": 20,
         "connect_timeout": 3,
         "statement_timeout": 4.5,
         "lock_timeout": 6,
     }
     config, _ = configured({"own": own, "replica": {"pool_min_size": 2}})
     engines = Engines(config)
-    expected = PoolSettings(1, 30, None, 3, 4.5, 6)
+    expected = PoolSettings(1, 30, None, 20, 3, 4.5, 6)
     assert seen[engines["orders"]] == expected
-    assert seen[engines.replicas["orders"][0]] == PoolSettings(2, 30, None, 3, 4.5, 6)
+    assert seen[engines.replicas["orders"][0]] == PoolSettings(2, 30, None, 20, 3, 4.5, 6)
     assert seen[engines[None]] == PoolSettings()
 
 
@@ -860,6 +863,7 @@ def bind(url: str = MYSQL, **options: t.Any) -> Options:
                 ("pool_min_size", 0),
                 ("pool_max_idle", 2),
                 ("pool_ping_after", 2),
+                ("pool_resolve_after", 2),
             )
         ),
         pytest.param(
@@ -885,6 +889,12 @@ def bind(url: str = MYSQL, **options: t.Any) -> Options:
                 " up."
             ],
             id="ping of SQLite",
+        ),
+        pytest.param(
+            bind(SQLITE, pool_resolve_after=3),
+            {},
+            [f"{BIND}: 'pool_resolve_after' is not for SQLite, which has no server with a name."],
+            id="name of SQLite",
         ),
         pytest.param(
             {
@@ -1018,6 +1028,7 @@ BAD = [0, -1, True, False, "3", float("nan"), float("inf"), [1]]
             BAD[1:],
             [None, 0, 1, 0.5],
         ),
+        ("pool_resolve_after", f"{ABOVE_0}, or None", BAD, [None, 1, 0.5]),
         ("connect_timeout", ABOVE_0, [*BAD, None], [1, 0.5]),
         ("statement_timeout", f"{ABOVE_0}, or None", BAD, [None, 1, 0.5]),
         ("lock_timeout", f"{ABOVE_0}, or None", BAD, [None, 1, 0.5]),

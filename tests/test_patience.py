@@ -181,16 +181,13 @@ def test_lost(replica: Replica, monkeypatch: pytest.MonkeyPatch, moment: str) ->
         link = socket.socket(
             fileno=os.dup(t.cast(t.Any, connection.connection.dbapi_connection).fileno())
         )
-        pause = 0.1 if moment == "while it is at work" else 0.0
-        timer = threading.Timer(pause, lose, [link])
-        if pause:
-            timer.start()
+        if moment == "while it is at work":
+            threading.Timer(0.1, lose, [link]).start()
         else:
             lose(link)
         with pytest.raises(sa.exc.OperationalError, match=NOT_ANSWERED) as caught:
             connection.execute(sa.text(SLEEP[replica.family].format(2.0)))
         assert caught.value.connection_invalidated
-        timer.cancel()
         link.close()
     assert replica.deaths == []
     assert replica.ask("SELECT 1") == 1
@@ -397,6 +394,30 @@ def test_read_timeout(make_replica: MakeReplica, request: pytest.FixtureRequest)
     assert 0.9 < time.monotonic() - started < 10
     assert replica.proxy.accepted > before
     assert replica.deaths == []
+
+
+def test_link_options(make_replica: MakeReplica) -> None:
+    """What the kernel is told of a link is never longer than what the user has told it."""
+    replica = make_replica()
+    replica.warm_up()
+    with replica.engine.connect() as connection:
+        descriptor = t.cast(t.Any, connection.connection.dbapi_connection).fileno()
+        with socket.socket(fileno=os.dup(descriptor)) as link:
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 3)
+            replica.ask("SELECT 1")
+            assert link.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
+            connection.execute(sa.text(SLEEP[replica.family].format(0.4)))
+            assert link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert link.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 3
+            assert link.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 3
+            assert link.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 25_000
+
+
+def test_unknown_link(replica: Replica) -> None:
+    """What has no other end cannot be asked about; the driver finds out by itself."""
+    waiting = patience.Patience(replica.engine, t.cast(t.Any, None))
+    with open(os.devnull) as nothing:
+        assert waiting.wait(nothing.fileno(), lambda seconds: False)
 
 
 # Interruptions --------------------------------------------------------------------------------

@@ -190,16 +190,14 @@ def test_one_renews(clock: Clock) -> None:
 
 
 def test_latency(clock: Clock) -> None:
-    """A latency is that of the fastest of the last few statements."""
+    """A latency is that of the fastest of the last few statements, once there are as many."""
     (replica,) = make_replicas(1, clock=clock)
-    assert replica.latency == 0
-    replica.time(3)
-    assert replica.latency == SLOWEST
-    replica.time(0.3)
-    assert replica.latency == 0.3
+    for seconds in (3, 0.3):
+        replica.time(seconds)
+        assert replica.latency == 0
     for seconds in (9, 8):  # statements that take long by themselves
         replica.time(seconds)
-    assert replica.latency == 0.3
+        assert replica.latency == 0.3
     replica.time(7)
     assert replica.latency == SLOWEST
 
@@ -207,7 +205,8 @@ def test_latency(clock: Clock) -> None:
 def test_latency_is_forgotten(clock: Clock) -> None:
     """A latency that is not measured anew is halved again and again, so that one is tried again."""
     (replica,) = make_replicas(1, clock=clock)
-    replica.time(0.4)
+    for _ in range(3):
+        replica.time(0.4)
     clock.now += HALF_LIFE
     assert replica.latency == pytest.approx(0.2)
     clock.now += 2 * HALF_LIFE

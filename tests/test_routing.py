@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import typing as t
 
 import pytest
@@ -23,16 +24,29 @@ REPLICAS = {2, 3}
 
 
 @pytest.fixture
-def lab(mariadb_database: Database[MariaDBCluster]) -> t.Iterator[Lab]:
+def make_lab(mariadb_database: Database[MariaDBCluster]) -> t.Iterator[t.Callable[..., Lab]]:
+    """A function that makes the app, with more of its configuration."""
     can_say_who(mariadb_database)
-    lab = Lab(mariadb_database.primary_url, mariadb_database.replica_urls)
-    with lab.app.app_context():
-        lab.db.create_all()
-        lab.db.session.add(lab.Post(title="first"))
-        lab.db.session.commit()
-    mariadb_database.sync()
-    yield lab
-    lab.dispose()
+    made: list[Lab] = []
+
+    def make(**config: t.Any) -> Lab:
+        lab = Lab(mariadb_database.primary_url, mariadb_database.replica_urls, config)
+        made.append(lab)
+        with lab.app.app_context():
+            lab.db.create_all()
+            lab.db.session.add(lab.Post(title="first"))
+            lab.db.session.commit()
+        mariadb_database.sync()
+        return lab
+
+    yield make
+    for lab in made:
+        lab.dispose()
+
+
+@pytest.fixture
+def lab(make_lab: t.Callable[..., Lab]) -> Lab:
+    return make_lab()
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "QUERY"])
@@ -369,6 +383,60 @@ def test_a_frozen_replica(lab: Lab, mariadb_database: Database[MariaDBCluster]) 
     finally:
         frozen.thaw()
     patient.dispose()
+
+
+def test_killed_while_it_reads(
+    mariadb_database: Database[MariaDBCluster], make_lab: t.Callable[..., Lab]
+) -> None:
+    """A short read whose connection is lost is repeated: the unit's first on any replica, a later
+    one on the same replica or on the primary."""
+    lab = make_lab(COMMONDB_READ_FUNCTIONS=["who", "sleep"])
+    nap = sa.select(sa.func.who(), sa.func.sleep(0.3))
+
+    def kill() -> None:
+        for replica in mariadb_database.cluster.replicas:
+            _kill_connections(replica, mariadb_database.name)
+
+    for has_read in (False, True):
+        with lab.request(), lab.routes() as routes:
+            before = lab.read() if has_read else None
+            killer = threading.Timer(0.1, kill)
+            killer.start()
+            server, _ = lab.db.session.execute(nap).one()
+            killer.join()
+            assert server == before if has_read else server in REPLICAS
+            assert lab.read() == server
+        assert {role for role, _ in routes} == {"replica"}
+    assert lab.checked_out() == 0
+
+
+def test_all_killed_while_they_read(
+    mariadb_database: Database[MariaDBCluster], make_lab: t.Callable[..., Lab]
+) -> None:
+    """A unit whose replicas die under its first read, one after the other, has its answer from the
+    primary; so has one that has read before, at once."""
+    lab = make_lab(COMMONDB_READ_FUNCTIONS=["who", "sleep"])
+    nap = sa.select(sa.func.who(), sa.func.sleep(0.3))
+    for has_read in (False, True):
+        with lab.request():
+            if has_read:
+                assert lab.read() in REPLICAS
+            killers = [threading.Timer(0.1, mariadb_database.cluster.replicas[0].kill)]
+            killers.append(threading.Timer(0.2, mariadb_database.cluster.replicas[1].kill))
+            for killer in killers:
+                killer.start()
+            server, _ = lab.db.session.execute(nap).one()
+            for killer in killers:
+                killer.join()
+            assert server == PRIMARY
+            lab.db.session.add(lab.Post(title="second"))
+            lab.db.session.commit()
+        if not has_read:
+            for replica in mariadb_database.cluster.replicas:
+                replica.start()
+            mariadb_database.sync()
+            wait_until(lambda: lab.run(lab.read) in REPLICAS, "a replica to be used again")
+    assert lab.checked_out() == 0
 
 
 def test_a_replica_connection_killed_between_two_reads(

@@ -110,7 +110,7 @@ def scope_for(db: CommonDB, role: str, *bind_keys: str | None) -> Scope:
     return {"primary": db.primary, "replica": db.replica}[role](*bind_keys)
 
 
-ROUTE_OF = {"primary": TO_PRIMARY, "replica": TO_REPLICA}
+ROUTE_OF: dict[str | None, Route] = {"primary": TO_PRIMARY, "replica": TO_REPLICA}
 
 each_role = pytest.mark.parametrize("role", ["primary", "replica"])
 

@@ -1,6 +1,6 @@
 """Replicas that fail in every way there is, under threads that read: nobody notices.
 
-``COMMONDB_TEST_REQUESTS`` sets the size, of which each fault gets its part.
+``COMMONDB_TEST_READS`` sets how many reads there are in each part of a drill.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if t.TYPE_CHECKING:
 PRIMARY = 1
 THREADS = 16
 
-#: Reads while a fault lasts, of all threads together.
-READS = max(int(os.environ.get("COMMONDB_TEST_REQUESTS", "2000")) // 2, 400)
+#: Reads before, during and after a fault, of all threads together.
+READS = int(os.environ.get("COMMONDB_TEST_READS", "400"))
 
 
 @dataclasses.dataclass
@@ -188,6 +188,11 @@ def drill(mariadb_database: Database[MariaDBCluster], proxy: MakeProxy) -> t.Ite
     lab.dispose()
 
 
+def _read_from(drill: Drill, ids: list[int]) -> bool:
+    drill.read(THREADS)
+    return set(ids) <= set(drill.servers)
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults(drill: Drill, name: str) -> None:
     """Whatever strikes one replica, then both, 16 threads that read see no error; while it lasts
@@ -219,6 +224,8 @@ def test_faults(drill: Drill, name: str) -> None:
             drill.read()
             after = drill.p99
             print(f"{name}, {len(struck)} of 2: p99 {after / normal:.2f} of the normal one")
+            if READS >= 10_000:  # a few reads have no such percentile
+                assert after < 2 * normal
             assert drill.errors == []
             if name != "restart":
                 left = {ids[index] for index in (0, 1) if index not in struck} or {PRIMARY}
@@ -226,7 +233,7 @@ def test_faults(drill: Drill, name: str) -> None:
             for index in struck:
                 fault.mend(drill, index)
             wait_until(
-                lambda: [drill.read(THREADS), set(ids) <= set(drill.servers)][1],
+                lambda: _read_from(drill, ids),
                 "the replicas to be used again",
                 timeout=40,
             )

@@ -18,6 +18,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from flask_commondb import pools
+from flask_commondb.options import PoolSettings
+
 from .apps import Lab
 from .conftest import started
 from .servers import MariaDBCluster
@@ -25,6 +28,8 @@ from .servers import MariaDBServer
 
 if t.TYPE_CHECKING:
     import collections.abc as c
+
+    from .conftest import MakeProxy
 
 
 class Authority:
@@ -277,3 +282,29 @@ def test_missing_file(encrypted: MariaDBServer, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="No such file"):
             lab.engines[0].connect()
     lab.dispose()
+
+
+def test_silence(encrypted: MariaDBServer, authority: Authority, proxy: MakeProxy) -> None:
+    """With TLS, too, the slow are waited for, and the dead are found out, mid-answer as well."""
+    link = proxy(encrypted.port, None)
+    engine = sa.create_engine(
+        sa.make_url(encrypted.url()).set(port=link.port),
+        connect_args={"ssl": {"ca": str(authority.file)}},
+    )
+    pools.prepare(engine, PoolSettings(), None, lambda: None, is_watched=True)
+    t.cast(t.Any, engine.dialect.connect).patience.seconds = 0.2
+    many = sa.text("SELECT REPEAT('x', 1000) FROM seq_1_to_20000")
+    with engine.connect() as connection:
+        assert connection.scalar(sa.text("SELECT SLEEP(0.5)")) == 0
+        assert len(connection.scalars(many).all()) == 20_000
+        result = connection.execution_options(stream_results=True).execute(many)
+        assert result.fetchone()
+        link.stall()
+        with pytest.raises(sa.exc.OperationalError, match="Lost connection") as caught:
+            result.fetchall()
+        assert caught.value.connection_invalidated
+    link.resume()
+    with engine.connect() as connection:
+        cipher = connection.exec_driver_sql("SHOW STATUS LIKE 'Ssl_cipher'").one()[1]
+        assert cipher
+    engine.dispose()

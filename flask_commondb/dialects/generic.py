@@ -132,6 +132,13 @@ class Generic:
         """
         return None
 
+    def host_of(self, dbapi_connection: t.Any) -> str | None:
+        """The host that a connection was made to, as the driver was told. No I/O.
+
+        :returns: ``None`` if the driver does not say.
+        """
+        return None
+
     def opens(self, words: bytes) -> bool | None:
         """Whether the server's first words open its door; ``None`` if they are not all there."""
         return None

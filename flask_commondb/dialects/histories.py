@@ -35,7 +35,11 @@ class Position:
 
 
 class MariaDBPosition(Position):
-    """For each domain the number of its last transaction."""
+    """For each domain the last transaction: who has written it, and its number.
+
+    Only numbers of the same writer are compared: after a failover a replica that goes on with the
+    former primary may have higher ones, of another history.
+    """
 
     @classmethod
     def read(cls, server: t.Any, written: str, replayed: str) -> MariaDBPosition:
@@ -43,7 +47,10 @@ class MariaDBPosition(Position):
         return cls(str(server), _numbers(written), _numbers(replayed))
 
     def _covers(self, ours: t.Any, theirs: t.Any) -> bool:
-        return all(ours.get(domain, -1) >= number for domain, number in theirs.items())
+        return all(
+            domain in ours and ours[domain][0] == writer and ours[domain][1] >= number
+            for domain, (writer, number) in theirs.items()
+        )
 
 
 class MySQLPosition(Position):
@@ -75,11 +82,11 @@ class PostgreSQLPosition(Position):
         return ours is not None and theirs is not None and ours >= theirs
 
 
-def _numbers(text: str) -> dict[str, int]:
-    numbers: dict[str, int] = {}
+def _numbers(text: str) -> dict[str, tuple[str, int]]:
+    numbers = {}
     for gtid in filter(None, text.split(",")):
-        domain, _, number = gtid.strip().split("-")
-        numbers[domain] = max(int(number), numbers.get(domain, 0))
+        domain, writer, number = gtid.strip().split("-")
+        numbers[domain] = writer, int(number)
     return numbers
 
 

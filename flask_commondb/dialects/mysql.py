@@ -139,6 +139,12 @@ class MySQL(Generic):
             return str(path) if path else None  # a Unix socket that the C library knows
         return host, int(arguments.get("port") or _PORT)
 
+    def host_of(self, dbapi_connection: t.Any) -> str | None:
+        host: str | None = getattr(dbapi_connection, "host", None)  # PyMySQL
+        if host is None and hasattr(dbapi_connection, "get_host_info"):  # "name via TCP/IP"
+            host = dbapi_connection.get_host_info().partition(" via ")[0]
+        return host
+
     def opens(self, words: bytes) -> bool | None:
         # Behind the four bytes of a packet's head: the protocol's version, or the sign of an error,
         # such as 1040 (too many connections) or 1129 (the host is blocked).

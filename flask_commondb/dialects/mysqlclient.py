@@ -30,6 +30,7 @@ def connection_class() -> type[t.Any]:
     The driver shows neither the server's status nor whether rows are still on their way. Both are
     concluded from what was sent, in doubt in favour of throwing the connection away.
     """
+    from MySQLdb import Error
     from MySQLdb import OperationalError
     from MySQLdb.connections import Connection as MySQLdbConnection
     from MySQLdb.constants import CR
@@ -72,20 +73,23 @@ def connection_class() -> type[t.Any]:
             return waiting(self.fileno())
 
         def _ask(self, patience: Patience, query: bytes) -> None:
-            self.send_query(query)
             try:
+                self.send_query(query)
                 if not self._is_readable(patience.seconds):
                     self._wait_on(patience)
-            except BaseException as error:  # the answer would be the next statement's
+            except Error:
+                raise
+            except TimeoutError as error:
                 self.cut()
-                if not isinstance(error, TimeoutError):
-                    raise
                 message = f"Lost connection to server during query ({error})"
                 raise OperationalError(CR.SERVER_LOST, message) from error
+            except BaseException:  # the answer would be the next statement's
+                self.cut()
+                raise
             self.read_query_result()
 
         def _wait_on(self, patience: Patience) -> None:
-            limit = self._read_timeout and self._read_timeout - patience.seconds
+            limit = self._read_timeout - patience.seconds if self._read_timeout else None
             is_answering = answering(self._is_readable, limit)
             if not patience.wait(self.fileno(), is_answering):
                 raise TimeoutError("it says nothing, not even to a new connection")

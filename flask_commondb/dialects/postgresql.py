@@ -135,6 +135,9 @@ class PostgreSQL(Generic):
         port = str(arguments.get("port") or os.environ.get("PGPORT") or _PORT)
         return f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, int(port))
 
+    def host_of(self, dbapi_connection: t.Any) -> str | None:
+        return getattr(getattr(dbapi_connection, "info", None), "host", None)
+
     def opens(self, words: bytes) -> bool | None:
         # One letter: whether it speaks TLS. "E" begins an error.
         return words[:1] != b"E" if words else None

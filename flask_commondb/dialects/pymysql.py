@@ -43,6 +43,7 @@ def connection_class() -> type[t.Any]:
         tls_contexts: t.ClassVar[dict[t.Any, ssl.SSLContext]] = {}
 
         _read_timeout: float | None
+        _rfile: t.Any
 
         def connect(self, sock: t.Any = None) -> None:
             # PyMySQL's connect_timeout ends with the TCP connect: a server that accepts and never
@@ -50,6 +51,7 @@ def connection_class() -> type[t.Any]:
             with self._answered_within(self.connect_timeout):
                 super().connect(sock)
             if self.patience is not None:
+                self._rfile.close()
                 self._rfile = io.BufferedReader(_PatientSocket(self._sock, self.patience))
 
         def ping(self, reconnect: bool = False) -> None:
@@ -143,8 +145,8 @@ class _PatientSocket(io.RawIOBase):
         try:
             return sock.recv_into(buffer)
         except TimeoutError:
-            more = limit and limit - patience.seconds
-            is_answering = answering(waiting(sock.fileno()), more)
+            limit_left = None if limit is None else limit - patience.seconds
+            is_answering = answering(waiting(sock.fileno()), limit_left)
             while patience.wait(sock.fileno(), is_answering):
                 with contextlib.suppress(TimeoutError):
                     return sock.recv_into(buffer)
