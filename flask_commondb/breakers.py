@@ -29,6 +29,9 @@ class Breaker:
     #: Whether the server may be used.
     is_closed = True
 
+    #: When it was opened last, on the clock.
+    tripped_at = float("-inf")
+
     def __init__(
         self,
         clock: t.Callable[[], float],
@@ -55,6 +58,7 @@ class Breaker:
         except IndexError:
             return None
         self._failures = 0
+        self.tripped_at = self._clock()
         return self._open()
 
     def claim(self) -> bool:

@@ -115,6 +115,8 @@ class Patience:
                     break
             knock.answer()  # once more: it may be this process that was held up
             is_alive = knock.has_spoken or not knock.is_under_way or is_answering(0)
+            if not is_alive and self._on_dead is not None:
+                self._on_dead()  # before the others give up: they will look at what it has done
             with self._lock:
                 door.is_alive, door.verdict_at = is_alive, time.monotonic()
         finally:
@@ -126,8 +128,6 @@ class Patience:
                 "%s says nothing, on a new connection neither: what waits for it is given up.",
                 server_name(self._engine.url),
             )
-            if self._on_dead is not None:
-                self._on_dead()
         elif self._dialect.counts_knocks:
             _log_in(self._engine, self._dialect)
         return is_alive

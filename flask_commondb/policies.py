@@ -12,7 +12,7 @@ import random
 import typing as t
 
 #: Seconds of difference that say nothing: the next statement may take as much more or less.
-NOISE = 0.001
+NOISE = 0.005
 
 
 class Candidate(t.Protocol):

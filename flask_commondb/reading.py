@@ -99,13 +99,13 @@ class ReplicaReads:
             self._slots[unit.bind_key] = replicas, slot
         unit.pin(reason, is_fallback=True)
 
-    def lost(self, unit: Unit, seconds: float) -> bool:
+    def lost(self, unit: Unit, started: float) -> bool:
         """Whether a statement may be repeated, because its replica's connection was lost.
 
-        It is given back. Nothing was read by the statement, and a replica writes nothing.
+        It is given back. Nothing was read by the statement, and a replica writes nothing. But when
+        it ran for long and the server lives, the statement itself may be why it was ended.
 
-        :param seconds: for how long it was tried. Unless it was short, or the server is gone, the
-            statement itself may be why it was ended.
+        :param started: when it was sent, on the replica's clock.
         """
         connection = self.connections.get(unit.bind_key)
         if connection is None or unit.replica is None or pools.is_usable(connection):
@@ -113,9 +113,8 @@ class ReplicaReads:
         self._let_go(unit.bind_key)
         replica = unit.replica
         unit.reads = max(0, unit.reads - 1)
-        if seconds <= AT_ONCE or not replica.breaker.is_closed:
-            return True
-        return self._connect(unit) is None
+        was_short = replica.clock() - started <= AT_ONCE
+        return was_short or replica.breaker.tripped_at >= started or self._connect(unit) is None
 
     def release(self) -> None:
         """Give everything back. No I/O, and raises no Exception."""

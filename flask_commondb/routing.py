@@ -290,16 +290,16 @@ class RoutingSession(KeepsApart, UpstreamSession):
         # SQLAlchemy says neither clause nor mapper of a union of models, and of a bare function.
         kwargs["bind_arguments"] = {"clause": statement, **(kwargs.get("bind_arguments") or {})}
         while True:
-            self._reading = None
+            self._reading = t.cast("Unit | None", None)
             started = time.monotonic()
             try:
                 return super()._execute_internal(statement, params, **kwargs)
             except sa.exc.DBAPIError as error:
-                unit, seconds = self._reading, time.monotonic() - started
+                unit = self._reading
                 if (
                     unit is None
                     or not error.connection_invalidated
-                    or not self.replica_reads.lost(unit, seconds)
+                    or not self.replica_reads.lost(unit, started)
                 ):
                     raise  # else once more, on another replica or on the primary
 

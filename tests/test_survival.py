@@ -23,6 +23,8 @@ from flask_commondb.signals import replica_up
 
 from .apps import Lab
 from .apps import can_say_who
+from .drivers import DRIVERS
+from .drivers import import_driver
 from .servers import wait_until
 
 if t.TYPE_CHECKING:
@@ -243,3 +245,74 @@ def test_faults(drill: Drill, name: str) -> None:
     assert drill.lab.checked_out() == 0
     if name != "restart":
         assert len(down) == len(up) == 3
+
+
+@pytest.mark.parametrize("fault", ["killed", "frozen", "black hole", "refused"])
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_each_driver(
+    request: pytest.FixtureRequest, proxy: MakeProxy, driver: str, fault: str
+) -> None:
+    """With each driver: 4 threads that read see no error when their only replica is struck, and are
+    answered by it again soon after it was mended."""
+    name, fixture = DRIVERS[driver]
+    import_driver(name)
+    database = request.getfixturevalue(fixture)
+    replica = database.cluster.replicas[0]
+    if fixture == "mariadb_database":
+        can_say_who(database)
+    link = proxy(replica.port, None)
+    url = sa.make_url(database.replica_urls[0]).set(
+        drivername=name, host="127.0.0.1", port=link.port
+    )
+    primary = sa.make_url(database.primary_url).set(drivername=name)
+    lab = Lab(primary.render_as_string(hide_password=False), [url])
+    with lab.app.app_context():
+        lab.db.create_all()
+    database.sync()
+    ids = {True: replica.server_id, False: 1}
+    if fixture == "postgresql_database":
+        ids = {True: replica.port, False: database.cluster.primary.port}
+    servers: list[int] = []
+    errors: list[BaseException] = []
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                servers.append(lab.run(lab.read))
+            except BaseException as error:
+                errors.append(error)
+
+    def answers(server: int) -> bool:
+        servers.clear()
+        time.sleep(0.1)
+        return set(servers) == {server}
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    wait_until(lambda: lab.run(lab.read) == ids[True], "the replica to have the table")
+    for thread in threads:
+        thread.start()
+    try:
+        wait_until(lambda: answers(ids[True]), "the replica to answer")
+        if fault in ("killed", "frozen"):
+            (replica.kill if fault == "killed" else replica.freeze)()
+        elif fault == "black hole":
+            link.stall()
+        else:
+            link.refuse()
+            link.cut()
+        wait_until(lambda: answers(ids[False]), "the primary to answer")
+        if fault in ("killed", "frozen"):
+            (replica.start if fault == "killed" else replica.thaw)()
+        elif fault == "black hole":
+            link.resume()
+        else:
+            link.accept()
+        wait_until(lambda: answers(ids[True]), "the replica to answer again", timeout=20)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert errors == []
+    assert lab.checked_out() == 0
+    lab.dispose()
