@@ -283,8 +283,9 @@ def _reads(
         if bind_key is None:  # whose URL stands beside these, or alone
             key, beside = "SQLALCHEMY_ENGINE_OPTIONS", {**beside, **shared}
         own = dict(common)
-        for name in _READ_SETTINGS.keys() & beside.keys():
-            _note_read_setting(name, f"{key}[{name!r}]", beside[name], own, mistakes)
+        for name in _READ_SETTINGS:
+            if name in beside:
+                _note_read_setting(name, f"{key}[{name!r}]", beside[name], own, mistakes)
         found[bind_key] = ReadConfig(**own)
     return found
 
