@@ -25,6 +25,9 @@ OF_ONE_BIND = (
     *("policy", "max_lag", "fallback", "fallback_limit"),
 )
 
+#: Seconds by default. Who waits for one replica could be answered by another.
+REPLICA_CONNECT_TIMEOUT = 3.0
+
 #: What leads to one server, and is of no use for another.
 OF_ONE_SERVER = (*OF_ONE_BIND, "creator", "pool")
 
@@ -104,7 +107,12 @@ class Sources:
         )
         not_taken = frozenset({"creator", "pool", "isolation_level"})
         return dataclasses.replace(
-            self, url=url, layers=(*inherited, own), given={}, not_taken=not_taken
+            self,
+            url=url,
+            layers=(*inherited, own),
+            given={},
+            beneath={**self.beneath, "connect_timeout": REPLICA_CONNECT_TIMEOUT},
+            not_taken=not_taken,
         )
 
     def in_order(self) -> list[Layer]:

@@ -220,7 +220,7 @@ def test_merge_of_anything(given_arguments: list[Options]) -> None:
     expected: Options = {}
     for arguments in given_arguments:
         expected = laid_over(expected, arguments)
-    assert merged == {**expected, "connect_timeout": 10}
+    assert merged == {**expected, "connect_timeout": 3}
     spoil(merged)
     assert places == before
 
@@ -628,6 +628,18 @@ def test_settings_reach_the_pools(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Time limits ----------------------------------------------------------------------------------
+
+
+def test_connect_timeout_of_a_replica() -> None:
+    """By default a replica is given up sooner than a primary; what any place says goes before."""
+    for said, expected in [(None, 3.0), (7, 7)]:
+        config: Options = {
+            "SQLALCHEMY_BINDS": {"a": {"url": MYSQL, "replicas": [MYSQL]}},
+            "COMMONDB_ENGINE_DEFAULTS": {} if said is None else {"connect_timeout": said},
+        }
+        loaded = load(config, {})
+        sources = loaded.replicas["a"][0].sources(loaded.sources["a"])
+        assert resolve(sources).options["connect_args"]["connect_timeout"] == expected
 
 
 @pytest.mark.parametrize(
