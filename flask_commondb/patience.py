@@ -26,7 +26,7 @@ from .knocking import arguments_of
 from .naming import server_name
 
 #: Seconds until a server that has not begun to answer is asked whether it is alive.
-PATIENCE = 1.0
+PATIENCE = 0.7
 
 #: Seconds that it has for its first word; and for the login after it, at each step.
 KNOCK_LIMIT = 1.0

@@ -44,7 +44,6 @@ def prepare(
     limits: CurrentLimits,
     *,
     has_replicas: bool = False,
-    is_watched: bool = False,
 ) -> None:
     """Make a primary's engine ready. Called once, before its first connection.
 
@@ -53,12 +52,8 @@ def prepare(
     :param bind_key: the bind.
     :param limits: what the caller allows to a statement at the moment.
     :param has_replicas: whether reads will go elsewhere.
-    :param is_watched: whether it is found out that a server which says nothing is dead. Else a
-        statement waits for it.
     """
     dialect = _prepare(engine, settings, bind_key, limits, is_primary=True)
-    if is_watched:
-        dialect.be_patient(Patience(engine, dialect))
     if has_replicas:
         _prepare_connections(engine, dialect)
 
@@ -142,8 +137,8 @@ def position(connection: sa.Connection) -> Position | None:
 def primary_position(engine: sa.Engine) -> Position | None:
     """How far a primary is; ``None`` if it does not say.
 
-    Three round trips: one to know that it answers at all, as it would be waited for, and one that
-    ends the transaction which some drivers begin for a question.
+    Four round trips: one to know that it answers at all, as it would be waited for; one to know
+    that it is a primary; and one that ends the transaction which some drivers begin for a question.
     """
     dialect, driver_error = dialect_for(engine), engine.dialect.loaded_dbapi.Error
     try:
@@ -152,15 +147,30 @@ def primary_position(engine: sa.Engine) -> Position | None:
         return None
     try:
         dbapi_connection = t.cast(t.Any, proxied.dbapi_connection)
-        if dialect.answers(dbapi_connection):
+        if not dialect.answers(dbapi_connection):
+            proxied.invalidate()
+        elif dialect.is_writable(dbapi_connection):  # one that is demoted shows its replay's
             return _ask_position(engine, dbapi_connection)
-        proxied.invalidate()
     except driver_error as error:
         proxied.invalidate(error)
     finally:
         with contextlib.suppress(Exception):
             proxied.close()
     return None
+
+
+def refuse_writable(engine: sa.Engine) -> None:
+    """Have a replica's engine connect to no server that can be written to.
+
+    One that was the primary, and comes back as if it still were, has a history of its own.
+    """
+    dialect = dialect_for(engine)
+
+    @sa.event.listens_for(engine, "connect")
+    def connect(dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+        count_probe(engine)
+        if dialect.is_writable(dbapi_connection):
+            raise sa.exc.DisconnectionError("It can be written to, so it is no replica.")
 
 
 def retire(engine: sa.Engine) -> None:

@@ -113,6 +113,10 @@ class Candidates:
         """Whether a URL leads to the present primary: to its host, port and database."""
         return _place(url) == _place(self.url)
 
+    def has(self, url: sa.URL) -> bool:
+        """Whether a URL leads to one of the candidates."""
+        return any(_place(url) == _place(candidate) for candidate in self.urls)
+
     def connect(self, *args: t.Any, **kwargs: t.Any) -> DBAPIConnection:
         """A connection to the primary, for the pool. Called as the driver's own function.
 

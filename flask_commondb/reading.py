@@ -167,7 +167,7 @@ class ReplicaReads:
         engine = replica.streaming or replica.engine if self.is_stream else replica.engine
         try:
             connection = engine.connect()
-        except sa.exc.DBAPIError as error:
+        except (sa.exc.DBAPIError, sa.exc.DisconnectionError) as error:
             report_down(replica, error)
             return None
         self.connections[unit.bind_key] = connection

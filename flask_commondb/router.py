@@ -15,6 +15,7 @@ import weakref
 import sqlalchemy as sa
 from flask import Flask
 
+from . import pools
 from . import signals
 from .commits import Place
 from .errors import UnknownReplicaError
@@ -154,9 +155,10 @@ class Router:
         :param make_set: makes the set of the bind's replicas, if this is the first.
         """
         self.replicas[replica.engine] = replica
-        if replica.bind_key in self.candidates:
-            url = replica.engine.url
-            replica.is_primary = self.candidates[replica.bind_key].is_primary(url)
+        candidates = self.candidates.get(replica.bind_key)
+        if candidates is not None and candidates.has(replica.engine.url):
+            replica.is_primary = candidates.is_primary(replica.engine.url)
+            pools.refuse_writable(replica.engine)
         replicas = self.replica_sets.get(replica.bind_key) or make_set()
         replicas.add(replica)
         self.replica_sets[replica.bind_key] = replicas
@@ -199,6 +201,7 @@ class Router:
     def note_move(self, bind_key: str | None, server: str, former: str) -> None:
         """The primary of a bind is another server now."""
         self.primaries[bind_key] = server
+        self.replica_sets.get(bind_key, _NONE).positions.forget()
         for replica in self.replica_sets.get(bind_key, _NONE).replicas:
             replica.is_primary = self.candidates[bind_key].is_primary(replica.engine.url)
         app = self.app()

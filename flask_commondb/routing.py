@@ -224,7 +224,8 @@ class RoutingSession(KeepsApart, UpstreamSession):
         arguments = dict(bind_arguments or {})
         if "bind" not in arguments and self.router.replica_sets:
             bind_key = self._owner(arguments.get("mapper"), None)
-            arguments["bind"] = self._engine_for_unseen_work(bind_key)
+            if bind_key in self.router.replica_sets:
+                arguments["bind"] = self._engine_for_unseen_work(bind_key)
         return super().connection(arguments, execution_options)
 
     def callproc(

@@ -28,6 +28,7 @@ from flask_commondb.primaries import TRUST
 from flask_commondb.primaries import Candidates
 from flask_commondb.reaching import SILENCE
 from flask_commondb.signals import primary_changed
+from flask_commondb.signals import replica_down
 from flask_commondb.signals import unit_repeated
 
 from .apps import Lab
@@ -521,6 +522,52 @@ def test_replicas_change_roles(failover: Failover) -> None:
     assert {lab.run(lab.read) for _ in range(40)} == {1, 3}
     write(lab, "x")
     assert failover.titles(failover.new) == ["again", "x"]
+
+
+@on_mariadb
+def test_a_former_primary_that_can_be_written_to(failover: Failover) -> None:
+    """One that comes back as if it still were the primary is no replica until it is read-only."""
+    servers = failover.cluster.servers
+    lab = failover.lab(COMMONDB_REPLICAS=[failover.url(server) for server in servers])
+    write(lab, "before")
+    failover.cluster.sync()
+    failover.old.kill()
+    failover.promote()
+    writes_again(lab)
+    failover.old.read_only = False
+    failover.old.start()
+    failover.old.execute(
+        "INSERT INTO post (title) VALUES ('of the former')", database=failover.database.name
+    )
+    down: list[BaseException] = []
+
+    def note(app: Flask, server: str, error: BaseException, **_: t.Any) -> None:
+        down.append(error)
+
+    with replica_down.connected_to(note, lab.app):
+        seen = {lab.run(lab.read) for _ in range(40)}
+    assert seen == {3}
+    assert [str(error) for error in down][:1] == ["It can be written to, so it is no replica."]
+    failover.old.execute("SET GLOBAL read_only = 1")
+    wait_until(lambda: lab.run(lab.read) == 1, "it to serve as a replica")
+
+
+@on_mariadb
+def test_a_bound_after_a_switchover(failover: Failover) -> None:
+    """How far behind a replica may be is proved against the new primary as well; one that goes on
+    with the former primary is behind."""
+    servers = failover.cluster.servers
+    lab = failover.lab(
+        COMMONDB_REPLICAS=[failover.url(server) for server in servers], COMMONDB_MAX_LAG=0.5
+    )
+    wait_until(lambda: lab.run(lab.read) in (2, 3), "a replica to be current")
+    failover.switch_over()
+    writes_again(lab)
+    write(lab, "x")  # the third still follows the old one
+    time.sleep(0.6)
+    assert {lab.run(lab.read) for _ in range(20)} == {2}
+    failover.follow()
+    wait_until(lambda: lab.run(lab.read) == 1, "the old one to be current")
 
 
 @on_mariadb

@@ -19,7 +19,9 @@ import sqlalchemy as sa
 from flask_commondb import patience
 from flask_commondb import pools
 from flask_commondb.dialects import Limits
+from flask_commondb.dialects import dialect_for
 from flask_commondb.options import PoolSettings
+from flask_commondb.patience import Patience
 
 from .drivers import DRIVERS
 from .drivers import skip_or_fail
@@ -249,7 +251,8 @@ def test_unwatched(make_replica: MakeReplica) -> None:
     replica = make_replica()
     plain, watched = (sa.create_engine(replica.engine.url) for _ in range(2))
     pools.prepare(plain, PoolSettings(), None, lambda: None)
-    pools.prepare(watched, PoolSettings(), None, lambda: None, is_watched=True)
+    pools.prepare(watched, PoolSettings(), None, lambda: None)
+    dialect_for(watched).be_patient(Patience(watched, dialect_for(watched)))
     with plain.connect() as first, watched.connect() as second, replica.engine.connect() as third:
         found = [
             t.cast(t.Any, connection.connection.dbapi_connection).patience

@@ -19,7 +19,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from flask_commondb import pools
+from flask_commondb.dialects import dialect_for
 from flask_commondb.options import PoolSettings
+from flask_commondb.patience import Patience
 
 from .apps import Lab
 from .conftest import started
@@ -291,7 +293,8 @@ def test_silence(encrypted: MariaDBServer, authority: Authority, proxy: MakeProx
         sa.make_url(encrypted.url()).set(port=link.port),
         connect_args={"ssl": {"ca": str(authority.file)}},
     )
-    pools.prepare(engine, PoolSettings(), None, lambda: None, is_watched=True)
+    pools.prepare(engine, PoolSettings(), None, lambda: None)
+    dialect_for(engine).be_patient(Patience(engine, dialect_for(engine)))
     t.cast(t.Any, engine.dialect.connect).patience.seconds = 0.2
     many = sa.text("SELECT REPEAT('x', 1000) FROM seq_1_to_20000")
     with engine.connect() as connection:
