@@ -79,8 +79,8 @@ class Breaker:
 
     def close(self) -> None:
         """The one who has tried has reached it."""
+        self.is_closed = True  # first: one that opens it from now on is to have the last word
         self._closed[:] = [True]
-        self.is_closed = True
         self._trials.clear()
 
     @property

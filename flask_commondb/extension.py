@@ -576,8 +576,8 @@ class CommonDB(SQLAlchemy):
         limits = functools.partial(time_limits, self, bind_key)
         name = server_name(replica.url)
         made = Replica(bind_key, name, engine, replica.weight, replica.zone, replica.url)
-        on_dead = functools.partial(report_down, made, None)
-        pools.prepare_replica(engine, settings, bind_key, limits, made.time, on_dead)
+        timed, on_dead = _telling(made, app)
+        pools.prepare_replica(engine, settings, bind_key, limits, timed, on_dead)
         made.streaming = pools.streaming(engine)
         return made
 
@@ -724,6 +724,23 @@ def _refuse_what_cannot_run_again(function: t.Any, decorator: str) -> None:
 
 def _name_of(function: t.Any) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
+
+
+def _telling(made: Replica, app: Flask) -> tuple[t.Callable[[float], None], t.Callable[[], None]]:
+    """What a replica's engine calls, which does not keep the replica alive once it is removed."""
+    known, owner = weakref.ref(made), weakref.ref(app)
+
+    def timed(seconds: float) -> None:
+        replica = known()
+        if replica is not None:
+            replica.time(seconds)
+
+    def on_dead() -> None:
+        replica = known()
+        if replica is not None:
+            report_down(replica, None, owner())
+
+    return timed, on_dead
 
 
 class _PlainClass:

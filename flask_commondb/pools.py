@@ -55,7 +55,12 @@ def prepare(
     """
     dialect = _prepare(engine, settings, bind_key, limits, is_primary=True)
     if has_replicas:
-        _prepare_connections(engine, dialect)
+        _with_replicas.add(engine)
+
+    @sa.event.listens_for(engine, "connect")
+    def connect(dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+        if engine in _with_replicas:
+            dialect.prepare_primary(dbapi_connection)
 
 
 def prepare_replica(
@@ -91,15 +96,14 @@ def prepare_replica(
     def reset(dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry, state: t.Any) -> None:
         # text("START TRANSACTION") in a replica scope would hand an old snapshot to the next user,
         # and a result that is still being read would go on reading the next user's socket.
-        if dialect.is_left_open(dbapi_connection):
+        if engine in _retired or dialect.is_left_open(dbapi_connection):
             entry.invalidate()
 
 
 def expect_replicas(engine: sa.Engine) -> None:
     """The engine of a primary that has had no replicas yet will have some."""
-    dialect = dialect_for(engine)
-    _prepare_connections(engine, dialect)
-    if dialect.is_local:  # the file is what has to be prepared
+    _with_replicas.add(engine)
+    if is_local(engine):  # the file is what has to be prepared
         engine.dispose()
 
 
@@ -149,7 +153,9 @@ def primary_position(engine: sa.Engine) -> Position | None:
         dbapi_connection = t.cast(t.Any, proxied.dbapi_connection)
         if not dialect.answers(dbapi_connection):
             proxied.invalidate()
-        elif dialect.is_writable(dbapi_connection):  # one that is demoted shows its replay's
+            return None
+        count_probe(engine)
+        if dialect.is_writable(dbapi_connection):  # one that is demoted shows its replay's
             return _ask_position(engine, dbapi_connection)
     except driver_error as error:
         proxied.invalidate(error)
@@ -174,13 +180,8 @@ def refuse_writable(engine: sa.Engine) -> None:
 
 
 def retire(engine: sa.Engine) -> None:
-    """Close the engine's connections: what is idle now, what is in use when it comes back."""
-
-    @sa.event.listens_for(engine, "checkin")
-    def checkin(dbapi_connection: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
-        if dbapi_connection is not None:
-            entry.invalidate()
-
+    """Close a replica's connections: what is idle now, what is in use when it comes back."""
+    _retired.add(engine)  # no listener: others may be going through its listeners
     engine.dispose()
 
 
@@ -352,6 +353,12 @@ def raw_cursor(connection: sa.Connection, *args: t.Any, **kwargs: t.Any) -> t.It
 #: Engines whose servers can prepare a transaction.
 _twophase: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
 
+#: Engines of primaries that have, or have had, replicas.
+_with_replicas: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
+
+#: Engines of replicas that were removed.
+_retired: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
+
 
 #: By SQLAlchemy's dialect object of an engine, which has it, and which it knows.
 _executors: weakref.WeakKeyDictionary[sa.Dialect, weakref.ref[Executor]] = (
@@ -389,12 +396,6 @@ def _prepare(
         if not settings.recycle_is_given:
             liveness.stay_below_idle_limit(engine, dialect)
     return dialect
-
-
-def _prepare_connections(engine: sa.Engine, dialect: Generic) -> None:
-    @sa.event.listens_for(engine, "connect")
-    def connect(dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
-        dialect.prepare_primary(dbapi_connection)
 
 
 def _ask_position(engine: sa.Engine, dbapi_connection: t.Any) -> Position:

@@ -12,6 +12,7 @@ import logging
 import typing as t
 
 import sqlalchemy as sa
+from flask import Flask
 
 from . import pools
 from . import signals
@@ -36,14 +37,15 @@ def look_after(replicas: ReplicaSet) -> None:
             _step(replica)
 
 
-def report_down(replica: Replica, error: BaseException | None) -> None:
+def report_down(replica: Replica, error: BaseException | None, app: Flask | None = None) -> None:
     """A replica could not be reached: nobody goes there until it has been tried again.
 
     :param error: what the attempt has run into; ``None``: a server that says nothing.
+    :param app: whose replica it is; by default the current one's.
     """
     pause = replica.breaker.trip()
     if pause is not None:
-        _tell(replica, pause, error)
+        _tell(replica, pause, error, app)
 
 
 def _step(replica: Replica) -> None:
@@ -106,7 +108,7 @@ class _Trial:
         return True
 
 
-def _tell(replica: Replica, pause: float, error: BaseException | None) -> None:
+def _tell(replica: Replica, pause: float, error: BaseException | None, app: Flask | None) -> None:
     _logger.warning(
         "Replica %s of bind %r cannot be reached and is left alone for %.1f seconds: %s",
         replica.name,
@@ -115,4 +117,5 @@ def _tell(replica: Replica, pause: float, error: BaseException | None) -> None:
         getattr(error, "orig", error) or "it does not answer",
         extra={"bind_key": replica.bind_key, "server": replica.name},
     )
-    signals.send(signals.replica_down, bind_key=replica.bind_key, server=replica.name, error=error)
+    values = {"bind_key": replica.bind_key, "server": replica.name, "error": error}
+    signals.send(signals.replica_down, app, **values)

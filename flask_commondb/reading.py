@@ -22,6 +22,7 @@ from .probing import look_after
 from .probing import report_down
 from .replicas import Replica
 from .replicas import ReplicaSet
+from .replicas import Slot
 from .router import Unit
 
 _logger = logging.getLogger("flask_commondb")
@@ -54,7 +55,7 @@ class ReplicaReads:
         #: By bind key.
         self.connections: dict[str | None, sa.Connection] = {}
         self.is_stream = is_stream
-        self._slots: dict[str | None, tuple[ReplicaSet, object]] = {}
+        self._slots: dict[str | None, Slot] = {}
 
     def connection(
         self, unit: Unit, replicas: ReplicaSet, need: Need, primary: sa.Engine
@@ -96,7 +97,7 @@ class ReplicaReads:
             slot = replicas.slots.take()
             if slot is None:
                 raise NoReplicaError(unit.bind_key, reason, replicas.slots.limit)
-            self._slots[unit.bind_key] = replicas, slot
+            self._slots[unit.bind_key] = slot
         unit.pin(reason, is_fallback=True)
 
     def lost(self, unit: Unit, started: float) -> bool:
@@ -125,14 +126,13 @@ class ReplicaReads:
                     "A replica connection of bind %r was thrown away: %s", bind_key, error
                 )
         while self._slots:
-            _, (replicas, slot) = self._slots.popitem()
-            replicas.slots.give_back(slot)
+            self._slots.popitem()[1].give_back()
 
     def _find(
         self, unit: Unit, replicas: ReplicaSet, max_lag: float | None, primary: sa.Engine
     ) -> tuple[sa.Connection | None, str]:
         """A connection for the unit, or why there is none."""
-        reason = replicas.why_none()
+        reason, was_behind = replicas.why_none(), False
         tried: list[Replica] = []
         while unit.replica is not None:
             if max_lag is not None and unit.replica.is_behind(max_lag):
@@ -149,26 +149,32 @@ class ReplicaReads:
             if unit.reads:
                 return None, reason
             tried.append(unit.replica)
+            was_behind = was_behind or reason == "lag"
             self._let_go(unit.bind_key)
             unit.replica = replicas.choose(max_lag, tried)
-        return None, reason
+        return None, "lag" if was_behind else reason
 
     def _connect(self, unit: Unit) -> sa.Connection | None:
         replica = t.cast(Replica, unit.replica)
+        if replica.is_removed:
+            return None
         connection = self.connections.get(unit.bind_key)
         if connection is not None:
             if pools.is_usable(connection):
                 return connection
             pools.discard(self.connections.pop(unit.bind_key))
-        if not replica.breaker.is_closed or replica.is_removed:
+        if not replica.breaker.is_closed:
             return None
-        if replica.is_draining and not unit.reads:
+        if (replica.is_draining or replica.is_primary) and not unit.reads:
             return None
         engine = replica.streaming or replica.engine if self.is_stream else replica.engine
         try:
             connection = engine.connect()
         except (sa.exc.DBAPIError, sa.exc.DisconnectionError) as error:
             report_down(replica, error)
+            return None
+        if t.cast("bool", replica.is_removed):  # meanwhile
+            pools.close(connection)
             return None
         self.connections[unit.bind_key] = connection
         return connection

@@ -173,6 +173,24 @@ class ReplicaSet:
     ) -> Replica | None:
         """A replica for one unit of work, ``None`` when none can be used. No I/O.
 
+        Parameters as for :meth:`candidates`.
+        """
+        candidates = self.candidates(max_lag, tried)
+        if not candidates:
+            return None
+        chosen = self._policy(candidates)
+        if chosen not in candidates:
+            raise TypeError(
+                f"The policy {getattr(self._policy, '__name__', self._policy)!r} must return one of"
+                f" the replicas that it is given, not {chosen!r}."
+            )
+        return t.cast(Replica, chosen)
+
+    def candidates(
+        self, max_lag: float | None = None, tried: t.Container[Replica] = ()
+    ) -> list[Replica]:
+        """The replicas among which the policy chooses.
+
         Those of the first zone are used as long as one of them can be, and has connections left.
 
         :param max_lag: leave out those that were found further behind.
@@ -185,17 +203,9 @@ class ReplicaSet:
             and replica not in tried
             and not (max_lag is not None and replica.is_behind(max_lag))
         ]
-        if not candidates:
-            return None
-        if self._zones or len(candidates) > 1:
+        if len(candidates) > 1:
             candidates = self._nearest([each for each in candidates if each.has_room] or candidates)
-        chosen = self._policy(candidates)
-        if chosen not in candidates:
-            raise TypeError(
-                f"The policy {getattr(self._policy, '__name__', self._policy)!r} must return one of"
-                f" the replicas that it is given, not {chosen!r}."
-            )
-        return t.cast(Replica, chosen)
+        return candidates
 
     def is_up(self, replica: Replica) -> bool:
         """Whether a unit of work may begin there."""
@@ -231,25 +241,40 @@ class Slots:
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
         #: Those that are free, by process: what a fork's parent has taken is not the child's.
-        self._free: dict[int, collections.deque[object]] = {}
+        self._free: dict[int, collections.deque[None]] = {}
 
-    def take(self) -> object | None:
+    def take(self) -> Slot | None:
         """A slot, or ``None`` if there is none left."""
         if self.limit is None:
-            return object()
+            return Slot(collections.deque())
+        free = self._of_process(self.limit)
         try:
-            return self._of_process().pop()
+            free.pop()
         except IndexError:
             return None
+        return Slot(free)
 
-    def give_back(self, slot: object) -> None:
-        """The slot is free again."""
-        if self.limit is not None:
-            self._of_process().append(slot)
-
-    def _of_process(self) -> collections.deque[object]:
+    def _of_process(self, limit: int) -> collections.deque[None]:
         free = self._free.get(os.getpid())
         if free is None:
-            slots = collections.deque(object() for _ in range(self.limit or 0))
-            free = self._free.setdefault(os.getpid(), slots)
+            free = self._free.setdefault(os.getpid(), collections.deque([None] * limit))
         return free
+
+
+class Slot:
+    """One that is taken. It is given back when it is dropped, too, as by a session never closed.
+
+    :param free: where it comes from.
+    """
+
+    def __init__(self, free: collections.deque[None]) -> None:
+        self._free: collections.deque[None] | None = free
+
+    def give_back(self) -> None:
+        """It is free again."""
+        free, self._free = self._free, None
+        if free is not None:
+            free.append(None)
+
+    def __del__(self) -> None:
+        self.give_back()

@@ -70,6 +70,19 @@ class AllBinds(enum.Enum):
 ALL_BINDS: t.Final = AllBinds.ALL_BINDS
 
 
+class _Reading(t.NamedTuple):
+    """A statement that a replica answers.
+
+    :param unit: whose replica.
+    :param since: when it was handed over, on the replica's clock.
+    :param replicas: how many there are.
+    """
+
+    unit: Unit
+    since: float
+    replicas: int
+
+
 class RoutingSession(KeepsApart, UpstreamSession):
     """The session of ``db.session`` and of ``db.sessions[key]``.
 
@@ -95,7 +108,7 @@ class RoutingSession(KeepsApart, UpstreamSession):
         self.replica_reads = ReplicaReads()
         self._flushed: set[str | None] = set()
         #: Whose replica answers the statement that is executed now.
-        self._reading: Unit | None = None
+        self._reading: _Reading | None = None
 
     @functools.cached_property
     def router(self) -> Router:
@@ -189,6 +202,8 @@ class RoutingSession(KeepsApart, UpstreamSession):
 
     def route(self, statement: t.Any) -> Route:
         """Where a statement would go: see :meth:`.CommonDB.explain_route`. Changes nothing."""
+        if isinstance(statement, sa_orm.Query):
+            statement = statement.statement
         facts = self.router.reader.facts(statement)
         bind_key = self._owner(None, facts)
         self.primary(bind_key)  # or there is no such bind
@@ -202,9 +217,10 @@ class RoutingSession(KeepsApart, UpstreamSession):
         if verdict.reason is not None:
             return Route(bind_key, "primary", primary, verdict.reason, verdict.rule)
         need = _need(replicas, said)
-        replica = unit.replica or replicas.choose(need.max_lag)
+        # Not the policy: to be asked would change where the next unit of work goes.
+        replica = unit.replica or next(iter(replicas.candidates(need.max_lag)), None)
         if replica is None and need.fallback == "stale":
-            replica = replicas.choose()
+            replica = next(iter(replicas.candidates()), None)
         if replica is None:
             role, server = ("primary", primary) if need.fallback == "primary" else ("refused", "")
             return Route(bind_key, role, server, replicas.why_none(), 8)
@@ -290,19 +306,24 @@ class RoutingSession(KeepsApart, UpstreamSession):
     def _execute_internal(self, statement: t.Any, params: t.Any = None, **kwargs: t.Any) -> t.Any:
         # SQLAlchemy says neither clause nor mapper of a union of models, and of a bare function.
         kwargs["bind_arguments"] = {"clause": statement, **(kwargs.get("bind_arguments") or {})}
-        while True:
-            self._reading = t.cast("Unit | None", None)
-            started = time.monotonic()
-            try:
-                return super()._execute_internal(statement, params, **kwargs)
-            except sa.exc.DBAPIError as error:
-                unit = self._reading
-                if (
-                    unit is None
-                    or not error.connection_invalidated
-                    or not self.replica_reads.lost(unit, started)
-                ):
-                    raise  # else once more, on another replica or on the primary
+        outer, repeats = self._reading, 0  # a listener may execute a statement inside of another's
+        try:
+            while True:
+                self._reading = t.cast("_Reading | None", None)
+                try:
+                    return super()._execute_internal(statement, params, **kwargs)
+                except sa.exc.DBAPIError as error:
+                    reading = self._reading
+                    if (
+                        reading is None
+                        or not error.connection_invalidated
+                        or repeats > reading.replicas  # it may be the statement that does it
+                        or not self.replica_reads.lost(reading.unit, reading.since)
+                    ):
+                        raise  # else once more, on another replica or on the primary
+                    repeats += 1
+        finally:
+            self._reading = outer
 
     def _refuse_foreign_expressions(self) -> None:
         """A flush does not show the SQL expressions that it writes.
@@ -465,7 +486,7 @@ class RoutingSession(KeepsApart, UpstreamSession):
             name = self.router.primary_name(bind_key)
             self._tell(bind_key, "primary", name, unit.pinned or "replica_down")
             return None
-        self._reading = unit
+        self._reading = _Reading(unit, time.monotonic(), len(replicas.replicas))
         reason = "fallback" if is_stale else "read" if said.role is None else "scope"
         self._tell(bind_key, "replica", t.cast(Replica, unit.replica).name, reason)
         return connection

@@ -82,6 +82,24 @@ def test_closes(breaker: Breaker, clock: Clock) -> None:
     assert breaker.trip() == FIRST_PAUSE
 
 
+def test_opened_while_it_is_closed(breaker: Breaker) -> None:
+    """Whoever opens it while another one closes it has the last word, and it closes again later."""
+
+    class OpenedMeanwhile(list[bool]):
+        def __setitem__(self, index: t.Any, value: t.Any) -> None:
+            super().__setitem__(index, value)
+            breaker.trip()
+
+    breaker.trip()
+    breaker._closed = OpenedMeanwhile()
+    breaker.close()
+    opened = not breaker.is_closed
+    breaker._closed = []
+    breaker.close()
+    assert opened
+    assert breaker.is_closed
+
+
 def test_jitter(clock: Clock) -> None:
     """No two pauses are the same, and each is between half of the longest and the longest."""
     pauses = []

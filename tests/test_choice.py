@@ -29,7 +29,7 @@ PRIMARY = 1
 REPLICAS = {2, 3}
 
 #: Mixed statements, of which each is looked for in the servers' own logs.
-STATEMENTS = int(os.environ.get("COMMONDB_TEST_REQUESTS", "2000")) * 5
+STATEMENTS = int(os.environ.get("COMMONDB_TEST_REQUESTS", "2000")) * 2
 
 
 @pytest.fixture
@@ -120,10 +120,14 @@ def test_a_slow_replica(
 ) -> None:
     """A replica that is slower by 300 ms gets less than a twentieth of the reads within 2 s, and
     its share again within 10 s of its recovery."""
-    slow, other = mariadb_database.cluster.replicas
-    link: Proxy = proxy(slow.port, None)
-    urls = [sa.make_url(mariadb_database.replica_urls[0]).set(port=link.port)]
-    lab = make_lab([*urls, mariadb_database.replica_urls[1]])
+    replicas = mariadb_database.cluster.replicas
+    links: list[Proxy] = [proxy(replica.port, None) for replica in replicas]
+    urls = [
+        sa.make_url(url).set(port=link.port)
+        for url, link in zip(mariadb_database.replica_urls, links, strict=True)
+    ]
+    slow, link = replicas[0], links[0]
+    lab = make_lab(urls)
     reads: list[tuple[float, int]] = []
     stop = threading.Event()
 
@@ -158,7 +162,6 @@ def test_a_slow_replica(
         stop.set()
         for thread in threads:
             thread.join()
-    assert other.server_id in {server for _, server in reads}
 
 
 def test_counters(
@@ -224,7 +227,7 @@ def test_counters(
             " AND argument NOT IN ('COMMIT', 'ROLLBACK', 'SELECT 1 FROM DUAL')"
             " AND argument NOT LIKE 'SET %%'"
         )
-        probes = [text for (text,) in logged if "gtid_slave_pos" in text]
+        probes = [text for (text,) in logged if "@@" in text]
         assert after[name].probes - before[name].probes == len(probes)
         assert after[name].statements - before[name].statements == len(logged) - len(probes)
         assert told[name] == len(logged) - len(probes)

@@ -102,6 +102,28 @@ def test_it_changes_nothing(lab: Lab) -> None:
     assert routes == [("replica", "read")]
 
 
+def test_it_asks_no_policy(tmp_path: Path) -> None:
+    """To ask does not take a turn of ``"round_robin"``."""
+    file = f"sqlite:///{tmp_path}/default.db"
+    lab = Lab(file, [file, f"{file}?timeout=5"], {"COMMONDB_POLICY": "round_robin"})
+    engines: list[t.Any] = []
+    for _ in range(4):
+        with lab.request():
+            lab.db.explain_route(sa.select(lab.Post))
+            engines.append(lab.db.session.get_bind(clause=sa.select(lab.Post)))
+    assert engines[0] is not engines[1]
+    assert engines[:2] == engines[2:]
+    lab.dispose()
+
+
+def test_query(lab: Lab) -> None:
+    """A ``Query`` is a SELECT like any other."""
+    with lab.request():
+        query = lab.db.session.query(lab.Post)
+        assert lab.db.explain_route(query).role == "replica"
+        assert lab.db.explain_route(query.with_for_update()).reason == "locked"
+
+
 def test_what_came_before_counts(lab: Lab) -> None:
     """After a lock the unit of work stays on the primary, by rule 4, with the first reason."""
     with lab.request():

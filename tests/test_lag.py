@@ -257,6 +257,25 @@ def test_stale(make_lab: t.Callable[..., Lab], links: Links) -> None:
         assert is_current()
 
 
+def test_stale_beside_one_that_is_down(make_lab: t.Callable[..., Lab], links: Links) -> None:
+    """The fallback ``"stale"`` finds the replica that is behind also in the read that finds the other
+    one down."""
+    lab = make_lab(
+        COMMONDB_MAX_LAG=0.3,
+        COMMONDB_FALLBACK="stale",
+        COMMONDB_POLICY=lambda replicas: replicas[0],
+    )
+    lab.run(lab.read)
+    links.stall()
+    behind, other = links.cluster.replicas
+    other.kill()
+    try:
+        time.sleep(0.35)
+        assert lab.run(lab.read) == behind.server_id
+    finally:
+        other.start()
+
+
 def test_error(make_lab: t.Callable[..., Lab], links: Links) -> None:
     """With the fallback ``"error"`` such a read raises at once, says why, and harms nothing."""
     lab = make_lab(COMMONDB_MAX_LAG=0.3)

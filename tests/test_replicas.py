@@ -239,11 +239,23 @@ def test_slots() -> None:
     """So many have a slot at once, and one that is given back can be taken again."""
     slots = Slots(2)
     first, second = slots.take(), slots.take()
-    assert None not in (first, second)
+    assert first is not None
+    assert second is not None
     assert slots.take() is None
-    slots.give_back(first)
+    first.give_back()
+    first.give_back()  # once more changes nothing
+    third = slots.take()
+    assert third is not None
+    assert slots.take() is None
+
+
+def test_a_slot_that_is_dropped() -> None:
+    """A slot whose owner is collected without having given it back is free again."""
+    slots = Slots(1)
+    slot = slots.take()
+    assert slots.take() is None
+    del slot
     assert slots.take() is not None
-    assert slots.take() is None
 
 
 def test_slots_without_limit() -> None:
@@ -265,7 +277,7 @@ def test_slots_of_many_threads() -> None:
                 have.append(slot)
                 most[0] = max(most[0], len(have))
                 have.remove(slot)
-                slots.give_back(slot)
+                slot.give_back()
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
@@ -273,7 +285,8 @@ def test_slots_of_many_threads() -> None:
     for thread in threads:
         thread.join()
     assert most[0] <= 3
-    assert [slots.take() is not None for _ in range(4)] == [True, True, True, False]
+    taken = [slots.take() for _ in range(4)]
+    assert [slot is not None for slot in taken] == [True, True, True, False]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
@@ -281,10 +294,13 @@ def test_slots_of_many_threads() -> None:
 def test_slots_after_a_fork() -> None:
     """What the parent has taken is not missing in the child."""
     slots = Slots(1)
-    assert slots.take() is not None
+    taken = slots.take()
+    assert taken is not None
     pid = os.fork()
     if pid == 0:
-        os._exit(0 if [slots.take() is None for _ in range(2)] == [False, True] else 1)
+        taken.give_back()  # is the parent's
+        childs = [slots.take() for _ in range(2)]
+        os._exit(0 if [slot is None for slot in childs] == [False, True] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 

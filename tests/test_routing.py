@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 import typing as t
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
+from flask_commondb.liveness import AT_ONCE
 from flask_commondb.signals import replica_down
 
 from .apps import Lab
@@ -16,6 +18,7 @@ from .apps import can_say_who
 from .servers import wait_until
 
 if t.TYPE_CHECKING:
+    from .conftest import MakeProxy
     from .servers import Database
     from .servers import MariaDBCluster
 
@@ -437,6 +440,72 @@ def test_all_killed_while_they_read(
             mariadb_database.sync()
             wait_until(lambda: lab.run(lab.read) in REPLICAS, "a replica to be used again")
     assert lab.checked_out() == 0
+
+
+def test_a_statement_that_is_always_lost(make_lab: t.Callable[..., Lab]) -> None:
+    """A statement that loses its connection each time is not repeated without end."""
+    lab = make_lab(
+        COMMONDB_READ_FUNCTIONS=["sleep"],
+        SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"read_timeout": 0.2}},
+    )
+    tries: list[str] = []
+    for engine in lab.engines:
+        sa.event.listen(engine, "before_cursor_execute", lambda *args: tries.append(args[2]))
+    with lab.request():
+        with pytest.raises(sa.exc.OperationalError, match="Lost connection"):
+            lab.db.session.scalar(sa.select(sa.func.sleep(0.5)))
+        assert 1 < len(tries) <= 4
+        assert lab.titles() == ["first"]
+
+
+def test_what_a_listener_reads_first(
+    mariadb_database: Database[MariaDBCluster], make_lab: t.Callable[..., Lab], proxy: MakeProxy
+) -> None:
+    """A write whose connection is lost is not repeated, and its error is not masked, although a
+    listener has read from a replica in it whose connection is lost as well."""
+    make_lab()
+    links = [proxy(server.port, None) for server in mariadb_database.cluster.servers[:2]]
+    primary, replica = (
+        sa.make_url(url).set(port=link.port).render_as_string(hide_password=False)
+        for url, link in zip(
+            (mariadb_database.primary_url, *mariadb_database.replica_urls), links, strict=False
+        )
+    )
+    lab = Lab(primary, [replica])
+
+    def read_first(state: t.Any) -> None:
+        if state.is_insert:
+            assert lab.titles() == ["first"]
+            for link in links:
+                link.cut()
+
+    with lab.request():
+        with lab.db.primary():
+            assert lab.titles() == ["first"]
+        sa.event.listen(lab.db.session(), "do_orm_execute", read_first)
+        with pytest.raises(sa.exc.OperationalError, match=r"Lost connection|gone away"):
+            lab.db.session.execute(sa.insert(lab.Post).values(title="second"))
+    lab.dispose()
+
+
+def test_what_comes_before_a_short_statement(
+    mariadb_database: Database[MariaDBCluster], make_lab: t.Callable[..., Lab]
+) -> None:
+    """How long a statement ran is counted from when it was sent: not with its listeners, say."""
+    lab = make_lab()
+
+    def kill(*args: t.Any) -> None:
+        if lab.db.session.info.pop("kills", False):
+            for replica in mariadb_database.cluster.replicas:
+                _kill_connections(replica, mariadb_database.name)
+
+    for engine in lab.engines:
+        sa.event.listen(engine, "before_cursor_execute", kill)
+    with lab.request():
+        server = lab.read()
+        lab.db.session.info["kills"] = True
+        sa.event.listen(lab.db.session(), "do_orm_execute", lambda state: time.sleep(AT_ONCE + 0.1))
+        assert lab.read() == server
 
 
 def test_a_replica_connection_killed_between_two_reads(

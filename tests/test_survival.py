@@ -248,11 +248,11 @@ def test_faults(drill: Drill, name: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["killed", "frozen", "black hole", "refused"])
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_each_driver(
+@pytest.mark.parametrize("driver", ["mysqlclient", "psycopg"])
+def test_other_drivers(
     request: pytest.FixtureRequest, proxy: MakeProxy, driver: str, fault: str
 ) -> None:
-    """With each driver: 4 threads that read see no error when their only replica is struck, and are
+    """With the other drivers, too: 4 threads that read see no error when their only replica is struck, and are
     answered by it again soon after it was mended."""
     name, fixture = DRIVERS[driver]
     import_driver(name)
