@@ -77,7 +77,7 @@ def _of_primary(engine: t.Any, bind_key: str | None, name: str) -> ServerStatus:
 def _of_replica(replica: Replica) -> ServerStatus:
     traffic = pools.traffic(replica.engine)
     state = "up" if replica.breaker.is_closed else "down"
-    behind = replica.clock() - replica.current_at
+    behind = replica.behind()
     return ServerStatus(
         replica.bind_key,
         role="replica",

@@ -9,6 +9,7 @@ Must not: decide whether a statement may be answered by a replica at all.
 from __future__ import annotations
 
 import logging
+import math
 import time
 import typing as t
 
@@ -205,18 +206,22 @@ def is_current(
     """
     if pools.is_local(replica.engine):  # the same file
         return True
-    if replica.is_current(max_lag):
-        if replica.claim_renewal(max_lag):
+    # One URL may lead to several servers: a proof is about the one at the end of a connection.
+    server = connection.info.get(_SERVER)
+    behind = math.inf if server is None else replica.behind(server)
+    if behind <= max_lag:
+        if behind > max_lag / 2 and replica.claim_renewal():
             try:
                 _look(replica, connection, replicas, max_lag, primary)
             finally:
                 replica.end_renewal()
-        return replica.is_current(max_lag)
+        return replica.behind(server) <= max_lag
     for seconds in _MOMENTS:
         time.sleep(seconds)
-        if not _look(replica, connection, replicas, max_lag, primary):
+        server = _look(replica, connection, replicas, max_lag, primary)
+        if server is None:
             return False
-        if replica.is_current(max_lag):
+        if replica.behind(server) <= max_lag:
             return True
     return False
 
@@ -248,13 +253,22 @@ def _look(
     replicas: ReplicaSet,
     max_lag: float,
     primary: sa.Engine,
-) -> bool:
-    """Learn how far both are; whether they have answered."""
+) -> str | None:
+    """Learn how far both are.
+
+    :returns: the replica's server, ``None`` if they do not answer.
+    """
     positions = replicas.positions
     if replica.clock() - positions.newest > max_lag / 4 and not _ask_primary(replicas, primary):
-        return False
+        return None
     position = pools.position(connection)
     if position is None:
-        return False
-    replica.current_at = max(replica.current_at, positions.proved(position))
-    return True
+        return None
+    connection.info[_SERVER] = position.server
+    # Not the later one of two: a server that was restored has less than it had.
+    replica.proofs[position.server] = positions.proved(position)
+    return position.server
+
+
+#: In the ``info`` of a driver's connection: the server at its end, as its positions name it.
+_SERVER = "flask_commondb.server"

@@ -68,8 +68,9 @@ class Replica:
     is_primary: bool = False
     #: Where the policy :func:`.round_robin` stands.
     credit: float = dataclasses.field(default=0, repr=False)
-    #: Up to which time it is known to have all that was committed, on the clock.
-    current_at: float = dataclasses.field(default=float("-inf"), repr=False)
+    #: For each server that its URL has led to: up to which time that is known to have all that was
+    #: committed, on the clock.
+    proofs: dict[str, float] = dataclasses.field(default_factory=dict, repr=False)
     #: When it was last found to be behind.
     _behind_at: float = dataclasses.field(default=float("-inf"), repr=False)
     #: The trials of its breaker that are under way: see :mod:`.probing`.
@@ -107,26 +108,30 @@ class Replica:
         self._samples.append(seconds)
         self._timed_at = self.clock()
 
-    def is_current(self, max_lag: float) -> bool:
-        """Whether it is known to be no more than so many seconds behind."""
-        return self.clock() - self.current_at <= max_lag
+    def behind(self, server: str | None = None) -> float:
+        """How many seconds it is behind at most, as far as that is proved; else infinity.
+
+        :param server: one of those that its URL leads to; ``None``: the most current one.
+        """
+        nothing = float("-inf")
+        proofs = self.proofs.copy()
+        proof = max(proofs.values(), default=nothing)
+        return self.clock() - (proof if server is None else proofs.get(server, nothing))
 
     def is_behind(self, max_lag: float) -> bool:
         """Whether it was found to be further behind, just now."""
         pause = min(max_lag / 4, LOOK_AGAIN)
-        return not self.is_current(max_lag) and self.clock() - self._behind_at < pause
+        return self.behind() > max_lag and self.clock() - self._behind_at < pause
 
     def found_behind(self) -> None:
         """It could not be proved to be current enough."""
         self._behind_at = self.clock()
 
-    def claim_renewal(self, max_lag: float) -> bool:
-        """Whether the caller is to renew the proof that it is current, before it grows too old.
+    def claim_renewal(self) -> bool:
+        """Whether the caller is to renew a proof before it grows too old.
 
         He then calls :meth:`end_renewal`.
         """
-        if self.clock() - self.current_at <= max_lag / 2:
-            return False
         mine = object()
         return self._renewing.setdefault(os.getpid(), mine) is mine
 

@@ -184,6 +184,29 @@ def test_one_that_is_delayed(make_lab: t.Callable[..., Lab], links: Links) -> No
     assert lax == REPLICAS
 
 
+def test_one_name_for_two_servers(
+    make_lab: t.Callable[..., Lab], links: Links, proxy: MakeProxy
+) -> None:
+    """When one URL leads to several servers, what is proved of one says nothing of another."""
+    near, far = links.cluster.replicas
+    door = proxy(near.port, None)
+    url = sa.make_url(make_lab().app.config["COMMONDB_REPLICAS"][0]).set(port=door.port)
+    lab = make_lab(COMMONDB_REPLICAS=[url], COMMONDB_MAX_LAG=2)
+    write(lab)
+    links.cluster.sync()
+    assert lab.run(lab.read) == near.server_id
+    links.proxies[1].stall()
+    number = write(lab)
+    wait_until(lambda: lab.run(lambda: last(lab)) == (number, near.server_id), "it to have that")
+    time.sleep(2.1)
+    assert lab.run(lab.read) == near.server_id  # which proves anew that it is current
+    door.target = far.port
+    lab.engines[1].dispose()
+    assert lab.run(lambda: last(lab)) == (number, PRIMARY)
+    with lab.request(), lab.db.replica(max_lag=math.inf):
+        assert last(lab) == (number - 1, far.server_id)
+
+
 def test_idle(make_lab: t.Callable[..., Lab]) -> None:
     """When nothing is written a replica stays current, however long ago the last write was."""
     lab = make_lab(COMMONDB_MAX_LAG=0.2)

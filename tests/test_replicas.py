@@ -146,14 +146,14 @@ def test_current(clock: Clock) -> None:
     """A replica is current up to the age of its proof; without one it may be, and is looked at."""
     (replica,) = make_replicas(1, clock=clock)
     replicas = ReplicaSet([replica])
-    assert not replica.is_current(5)
+    assert replica.behind() == math.inf
     assert replicas.choose(max_lag=5) is replica
-    replica.current_at = clock.now
+    replica.proofs.update(a=clock.now, b=clock.now - 3)
     clock.now += 5
-    assert replica.is_current(5)
-    clock.now += 0.001
-    assert not replica.is_current(5)
+    assert [replica.behind(server) for server in (None, "a", "b", "c")] == [5, 5, 8, math.inf]
+    replica.found_behind()
     assert replicas.choose(max_lag=5) is replica
+    assert replicas.choose(max_lag=4.9) is None
 
 
 def test_behind(clock: Clock) -> None:
@@ -169,7 +169,7 @@ def test_behind(clock: Clock) -> None:
     clock.now += LOOK_AGAIN
     assert replicas.choose(max_lag=10) in (first, second)
     first.found_behind()
-    first.current_at = clock.now - 20
+    first.proofs["a"] = clock.now - 20
     assert replicas.choose(max_lag=30) is not None  # for them it is current
     assert first.is_behind(10)
     assert not first.is_behind(30)
@@ -177,16 +177,12 @@ def test_behind(clock: Clock) -> None:
     assert not first.is_behind(1)  # those who want more may look again sooner
 
 
-def test_one_renews(clock: Clock) -> None:
-    """When a proof has come to half of what it is good for, one renews it."""
-    (replica,) = make_replicas(1, clock=clock)
-    replica.current_at = clock.now
-    clock.now += 2
-    assert not replica.claim_renewal(4)
-    clock.now += 0.1
-    assert [replica.claim_renewal(4) for _ in range(3)] == [True, False, False]
+def test_one_renews() -> None:
+    """Of those who see that a proof is to be renewed one does it."""
+    (replica,) = make_replicas(1)
+    assert [replica.claim_renewal() for _ in range(3)] == [True, False, False]
     replica.end_renewal()
-    assert replica.claim_renewal(4)
+    assert replica.claim_renewal()
 
 
 def test_latency(clock: Clock) -> None:
