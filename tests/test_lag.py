@@ -281,8 +281,8 @@ def test_stale(make_lab: t.Callable[..., Lab], links: Links) -> None:
 
 
 def test_stale_beside_one_that_is_down(make_lab: t.Callable[..., Lab], links: Links) -> None:
-    """The fallback ``"stale"`` finds the replica that is behind also in the read that finds the other
-    one down."""
+    """The fallback ``"stale"`` finds the replica that is behind, also in the read that finds out
+    that the other one is down."""
     lab = make_lab(
         COMMONDB_MAX_LAG=0.3,
         COMMONDB_FALLBACK="stale",

@@ -35,6 +35,7 @@ from flask_commondb import UnknownBindError
 from flask_commondb import WrongBindError
 from flask_commondb.routing import RoutingSession
 from flask_commondb.sessions import current_context
+from flask_commondb.signals import replica_down
 from flask_commondb.streams import Held
 from flask_commondb.streams import Stream
 
@@ -1252,6 +1253,33 @@ def test_connection_is_lost_and_nobody_reads_on(
             assert lab.checked_out() == 0
             assert len(lab.titles()) == 25
     assert caplog.records == []
+
+
+def test_server_that_freezes_under_a_response(metered: Metered) -> None:
+    """That a replica says nothing any more is signalled also where a response is read, which has no
+    context."""
+    lab = metered.lab
+    down: list[str | None] = []
+
+    def note(app: Flask, bind_key: str | None, **_: object) -> None:
+        assert app is lab.app
+        down.append(bind_key)
+
+    @lab.app.get("/frozen")
+    def frozen() -> t.Iterator[str]:
+        with lab.db.replica():
+            stream = lab.db.stream(rows(lab, **LARGE), chunk=10)
+        return (str(row) for row in stream)
+
+    with replica_down.connected_to(note):
+        response = call(lab.app, "/frozen")
+        next(response)
+        metered.replica.stall()
+        with pytest.raises(sa.exc.OperationalError, match=LOST):
+            sum(1 for _ in response)
+        response.close()
+    metered.replica.resume()
+    assert down == [None]
 
 
 def test_interrupt_while_it_is_read(
