@@ -15,6 +15,9 @@ import typing as t
 #: Seconds for which a breaker is open at first; each trial that fails doubles them.
 FIRST_PAUSE = 1.0
 
+#: Seconds after which a trial is taken for abandoned, by one who was killed in the middle of it.
+LONGEST_TRIAL = 60.0
+
 #: No pause is longer.
 LONGEST_PAUSE = 30.0
 
@@ -43,8 +46,9 @@ class Breaker:
         self._retry_at = 0.0
         #: Whoever removes the one entry opens the breaker.
         self._closed = [True]
-        #: By process who is trying there: a forked child does not go on with its parent's trial.
-        self._trials: dict[int, object] = {}
+        #: By process since when somebody tries there: a forked child does not go on with its
+        #: parent's trial.
+        self._trials: dict[int, tuple[float, object]] = {}
 
     def trip(self) -> float | None:
         """The server cannot be reached.
@@ -63,9 +67,13 @@ class Breaker:
 
     def claim(self) -> bool:
         """Whether the caller is the one to try, who then says :meth:`close` or :meth:`fail`."""
-        if self.is_closed or self._clock() < self._retry_at:
+        now = self._clock()
+        if self.is_closed or now < self._retry_at:
             return False
-        mine = object()
+        other = self._trials.get(os.getpid())
+        if other is not None and now - other[0] > LONGEST_TRIAL:
+            self._trials.pop(os.getpid(), None)
+        mine = (now, object())
         return self._trials.setdefault(os.getpid(), mine) is mine
 
     def fail(self) -> float:

@@ -293,7 +293,7 @@ class CommonDB(SQLAlchemy):
         :param app: may be left out where an app is current, or ``db`` has only one.
         :raises NoContextError: if it is not clear which app is meant.
         """
-        router = self.routers[jobs.app_of(self, app)]
+        router = self._router_of(jobs.app_of(self, app))
         return [
             status(engine, router.watch, bind_key, role, name)
             for engine, bind_key, role, name in router.servers()
@@ -393,15 +393,16 @@ class CommonDB(SQLAlchemy):
         if bind_key not in router.engines:
             raise UnknownBindError(bind_key, router.engines)
         settings = config.replica_config(replica, router.engines[bind_key].url)
-        known = router.replica_sets.get(bind_key, ReplicaSet()).replicas
-        if any(each.url == settings.url for each in known):
-            raise ValueError(
-                f"Bind {bind_key!r} reads from {server_name(settings.url)} already. To use one"
-                " again that is draining, call db.resume_replica()."
-            )
-        if not known:
-            pools.expect_replicas(router.engines[bind_key])
-        added = self._add_replica(bind_key, settings, app)
+        with router.changing:
+            known = router.replica_sets.get(bind_key, ReplicaSet()).replicas
+            if any(each.url == settings.url for each in known):
+                raise ValueError(
+                    f"Bind {bind_key!r} reads from {server_name(settings.url)} already. To use one"
+                    " again that is draining, call db.resume_replica()."
+                )
+            if not known:
+                pools.expect_replicas(router.engines[bind_key])
+            added = self._add_replica(bind_key, settings, app)
         self._watch_pool(app, added.engine, bind_key)
         self._record_queries(app, added.engine)
         return added.name
@@ -432,8 +433,12 @@ class CommonDB(SQLAlchemy):
 
         :raises UnknownReplicaError: if the bind has no such replica.
         """
-        for replica in self.router.named(bind_key, server):
-            self.router.remove(replica)
+        router = self.router
+        with router.changing:
+            removed = router.named(bind_key, server)
+            for replica in removed:
+                router.remove(replica)
+        for replica in removed:
             pools.retire(replica.engine)
 
     def server_status(self, app: Flask | None = None) -> list[ServerStatus]:
@@ -442,7 +447,7 @@ class CommonDB(SQLAlchemy):
         :param app: may be left out where an app is current, or ``db`` has only one.
         :raises NoContextError: if it is not clear which app is meant.
         """
-        return overview(self.routers[jobs.app_of(self, app)])
+        return overview(self._router_of(jobs.app_of(self, app)))
 
     def timeout(
         self, statement: float | None = None, *bind_keys: str | None, lock: float | None = None
@@ -479,14 +484,7 @@ class CommonDB(SQLAlchemy):
 
         :meta private:
         """
-        app = current_app._get_current_object()  # type: ignore[attr-defined]
-        router = self._routers.get(app)
-        if router is None:
-            raise RuntimeError(
-                "The current Flask app is not registered with this 'CommonDB' instance. Did you"
-                " forget to call 'init_app', or did you create several 'CommonDB' instances?"
-            )
-        return router
+        return self._router_of(current_app._get_current_object())  # type: ignore[attr-defined]
 
     @property
     def routers(self) -> t.Mapping[Flask, Router]:
@@ -501,6 +499,15 @@ class CommonDB(SQLAlchemy):
             return f"<{type(self).__name__}>"
         names = [server_name(engine.engine.url) for engine in self.engines.values()]
         return f"<{type(self).__name__} {', '.join(names)}>"
+
+    def _router_of(self, app: Flask) -> Router:
+        router = self._routers.get(app)
+        if router is None:
+            raise RuntimeError(
+                "The current Flask app is not registered with this 'CommonDB' instance. Did you"
+                " forget to call 'init_app', or did you create several 'CommonDB' instances?"
+            )
+        return router
 
     def _make_scoped_session(self, options: dict[str, t.Any]) -> SessionProxy:
         """Upstream's constructor calls this first: our own attributes are made here, and the

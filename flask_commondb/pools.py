@@ -30,6 +30,7 @@ from .dialects import uncounted
 from .errors import TwoPhaseNotSupported
 from .executing import Executor
 from .executing import Traffic
+from .holders import has_room
 from .options import PoolSettings
 from .patience import Patience
 
@@ -145,8 +146,10 @@ def primary_position(engine: sa.Engine) -> Position | None:
     that it is a primary; and one that ends the transaction which some drivers begin for a question.
     """
     dialect, driver_error = dialect_for(engine), engine.dialect.loaded_dbapi.Error
+    # Those who wait for a place in the pool are not to be told that replicas are behind.
+    pool = engine.pool if has_room(engine.pool) else sa.NullPool(engine.pool._creator)
     try:
-        proxied = engine.raw_connection()
+        proxied = pool.connect()
     except (sa.exc.SQLAlchemyError, driver_error):
         return None
     try:
@@ -177,6 +180,11 @@ def refuse_writable(engine: sa.Engine) -> None:
         count_probe(engine)
         if dialect.is_writable(dbapi_connection):
             raise sa.exc.DisconnectionError("It can be written to, so it is no replica.")
+
+
+def is_conflict(engine: sa.Engine, error: sa.exc.DBAPIError) -> bool:
+    """Whether a replica's engine says that what is replayed there has ended a read."""
+    return dialect_for(engine).is_conflict(error.orig)
 
 
 def retire(engine: sa.Engine) -> None:

@@ -17,13 +17,11 @@ import sqlalchemy as sa
 
 from . import pools
 from .errors import NoReplicaError
-from .holders import has_room
 from .liveness import AT_ONCE
 from .probing import look_after
 from .probing import report_down
 from .replicas import Replica
 from .replicas import ReplicaSet
-from .replicas import Slot
 from .router import Unit
 
 _logger = logging.getLogger("flask_commondb")
@@ -56,7 +54,8 @@ class ReplicaReads:
         #: By bind key.
         self.connections: dict[str | None, sa.Connection] = {}
         self.is_stream = is_stream
-        self._slots: dict[str | None, Slot] = {}
+        #: The units of work on each bind whose slot it holds, with others or alone.
+        self._held: dict[str | None, Unit] = {}
 
     def connection(
         self, unit: Unit, replicas: ReplicaSet, need: Need, primary: sa.Engine
@@ -94,12 +93,18 @@ class ReplicaReads:
         """
         if need.fallback != "primary" and unit.pinned is None:
             raise NoReplicaError(unit.bind_key, reason)
-        if unit.bind_key not in self._slots:
-            slot = replicas.slots.take()
-            if slot is None:
+        if unit.bind_key not in self._held:
+            if unit.slot is None:
+                unit.slot = replicas.slots.take()
+            if unit.slot is None:
                 raise NoReplicaError(unit.bind_key, reason, replicas.slots.limit)
-            self._slots[unit.bind_key] = slot
+            unit.slot.holders += 1
+            self._held[unit.bind_key] = unit
         unit.pin(reason, is_fallback=True)
+
+    def leave(self, unit: Unit) -> None:
+        """Give the connection to the unit's replica back."""
+        self._let_go(unit.bind_key)
 
     def lost(self, unit: Unit, started: float) -> bool:
         """Whether a statement may be repeated, because its replica's connection was lost.
@@ -126,8 +131,14 @@ class ReplicaReads:
                 _logger.warning(
                     "A replica connection of bind %r was thrown away: %s", bind_key, error
                 )
-        while self._slots:
-            self._slots.popitem()[1].give_back()
+        while self._held:
+            _, unit = self._held.popitem()
+            slot = unit.slot
+            if slot is not None:
+                slot.holders -= 1
+                if slot.holders == 0:
+                    unit.slot = None
+                    slot.give_back()
 
     def _find(
         self, unit: Unit, replicas: ReplicaSet, max_lag: float | None, primary: sa.Engine
@@ -230,7 +241,7 @@ def _ask_primary(replicas: ReplicaSet, primary: sa.Engine) -> bool:
     """Learn how far the primary is. While it does not answer, few try, and less and less often."""
     breaker = replicas.primary_breaker
     is_trial = not breaker.is_closed
-    if not has_room(primary.pool) or (is_trial and not breaker.claim()):
+    if is_trial and not breaker.claim():
         return False
     asked_at, position = time.monotonic(), None
     try:

@@ -273,6 +273,8 @@ class Slot:
     """
 
     def __init__(self, free: collections.deque[None]) -> None:
+        #: How many sessions of its unit of work are in a transaction.
+        self.holders = 0
         self._free: collections.deque[None] | None = free
 
     def give_back(self) -> None:

@@ -9,6 +9,8 @@ Must not: do any I/O, or keep anything of a unit of work.
 from __future__ import annotations
 
 import dataclasses
+import os
+import threading
 import typing as t
 import weakref
 
@@ -24,6 +26,7 @@ from .naming import server_name
 from .primaries import Candidates
 from .replicas import Replica
 from .replicas import ReplicaSet
+from .replicas import Slot
 from .scopes import Said
 from .statements import Facts
 from .statements import Reader
@@ -58,6 +61,7 @@ class Unit:
     :param reads: how often it has asked for that one's connection.
     :param pinned: why the unit stays on the primary, ``None`` as long as it may read elsewhere.
     :param is_fallback: whether it does so for want of a replica only.
+    :param slot: its place among those who do, as long as one of its sessions is in a transaction.
     """
 
     bind_key: str | None
@@ -65,6 +69,7 @@ class Unit:
     reads: int = 0
     pinned: str | None = None
     is_fallback: bool = False
+    slot: Slot | None = None
 
     def pin(self, reason: str, *, is_fallback: bool = False) -> None:
         """Stay on the primary for the rest of the unit's life. The first reason counts.
@@ -148,6 +153,13 @@ class Router:
     primaries: dict[str | None, str] = dataclasses.field(default_factory=dict)
     #: Of the binds whose primary may be on several servers.
     candidates: dict[str | None, Candidates] = dataclasses.field(default_factory=dict)
+    #: By process: a fork's child could find its parent's held.
+    _locks: dict[int, threading.Lock] = dataclasses.field(default_factory=dict)
+
+    @property
+    def changing(self) -> threading.Lock:
+        """For those who change which replicas there are."""
+        return self._locks.setdefault(os.getpid(), threading.Lock())
 
     def add(self, replica: Replica, make_set: t.Callable[[], ReplicaSet]) -> None:
         """Route the reads of a bind to a replica, too.
@@ -165,10 +177,11 @@ class Router:
 
     def remove(self, replica: Replica) -> None:
         """Route no reads there any more."""
-        replicas = self.replica_sets[replica.bind_key]
-        replicas.remove(replica)
-        if not replicas.replicas:
-            del self.replica_sets[replica.bind_key]
+        replicas = self.replica_sets.get(replica.bind_key)
+        if replicas is not None:
+            replicas.remove(replica)
+            if not replicas.replicas:
+                del self.replica_sets[replica.bind_key]
 
     def named(self, bind_key: str | None, server: str) -> list[Replica]:
         """The replicas of a bind that have this name: one, unless it is several databases'.

@@ -204,6 +204,8 @@ class RoutingSession(KeepsApart, UpstreamSession):
         """Where a statement would go: see :meth:`.CommonDB.explain_route`. Changes nothing."""
         if isinstance(statement, sa_orm.Query):
             statement = statement.statement
+        if not isinstance(statement, sa.Executable):
+            raise sa.exc.ObjectNotExecutableError(statement)
         facts = self.router.reader.facts(statement)
         bind_key = self._owner(None, facts)
         self.primary(bind_key)  # or there is no such bind
@@ -306,6 +308,8 @@ class RoutingSession(KeepsApart, UpstreamSession):
     def _execute_internal(self, statement: t.Any, params: t.Any = None, **kwargs: t.Any) -> t.Any:
         # SQLAlchemy says neither clause nor mapper of a union of models, and of a bare function.
         kwargs["bind_arguments"] = {"clause": statement, **(kwargs.get("bind_arguments") or {})}
+        if not self.router.replica_sets:
+            return super()._execute_internal(statement, params, **kwargs)
         outer, repeats = self._reading, 0  # a listener may execute a statement inside of another's
         try:
             while True:
@@ -316,14 +320,32 @@ class RoutingSession(KeepsApart, UpstreamSession):
                     reading = self._reading
                     if (
                         reading is None
-                        or not error.connection_invalidated
                         or repeats > reading.replicas  # it may be the statement that does it
-                        or not self.replica_reads.lost(reading.unit, reading.since)
+                        or not self._may_repeat(reading, error)
                     ):
                         raise  # else once more, on another replica or on the primary
                     repeats += 1
         finally:
             self._reading = outer
+
+    def _may_repeat(self, reading: _Reading, error: sa.exc.DBAPIError) -> bool:
+        """Whether it is the replica's failure, not the statement's; then it is left if need be."""
+        unit = reading.unit
+        if error.connection_invalidated:
+            return self.replica_reads.lost(unit, reading.since)
+        replicas = self.router.replica_sets.get(unit.bind_key)
+        if unit.replica is None or replicas is None:
+            return False
+        said = said_of_reads(self._db, unit.bind_key)
+        if (
+            not pools.is_conflict(unit.replica.engine, error)
+            or _need(replicas, said).fallback != "primary"
+        ):
+            return False
+        # Other replicas replay the same.
+        self.replica_reads.leave(unit)
+        self._fall_back(unit, replicas, said, "conflict")
+        return True
 
     def _refuse_foreign_expressions(self) -> None:
         """A flush does not show the SQL expressions that it writes.
@@ -426,6 +448,10 @@ class RoutingSession(KeepsApart, UpstreamSession):
         said = said_of_reads(self._db, bind_key)
         if unit.pinned is None and said.role == "replica":
             return self._replica_for(unit, replicas, said)
+        if unit.pinned is not None and unit.is_fallback and said.role == "replica":
+            self._fall_back(unit, replicas, said, unit.pinned)
+            self._tell(bind_key, "primary", self.router.primary_name(bind_key), unit.pinned)
+            return primary
         self._pin_and_tell(bind_key, "connection")
         return primary
 

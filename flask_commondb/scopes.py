@@ -241,32 +241,31 @@ def _is_seconds(value: t.Any) -> bool:
 def time_limits(db: CommonDB, bind_key: str | None) -> Limits | None:
     """What the scopes that are entered allow to a statement; ``None`` if none is about the bind."""
     entered = db.time_limits.get()
-    if not entered:
-        return None
-    found = [
-        scope.limits
-        for scope in reversed(entered)
-        if not scope.bind_keys or bind_key in scope.bind_keys
-    ]
-    if not found:
-        return None
-    return Limits(*(_first(values) for values in zip(*found, strict=True)))
-
-
-def _first(values: t.Iterable[t.Any]) -> t.Any:
-    return next((value for value in values if value is not None), None)
+    found = _about(entered, bind_key, "limits") if entered else None
+    return Limits(*_innermost(found)) if found else None
 
 
 def said_of_reads(db: CommonDB, bind_key: str | None) -> Said:
     """What the scopes say of the reads of a bind: for each thing the innermost one that says it."""
     entered = db.scopes.get()
-    if not entered:
-        return NOTHING_SAID
-    found = [
-        scope.said
-        for scope in reversed(entered)
+    found = _about(entered, bind_key, "said") if entered else None
+    return Said(*_innermost(found)) if found else NOTHING_SAID
+
+
+def _about(entered: t.Iterable[Scope], bind_key: str | None, name: str) -> list[tuple[t.Any, ...]]:
+    """What the scopes about a bind say, the outermost first."""
+    return [
+        getattr(scope, name)
+        for scope in entered
         if not scope.bind_keys or bind_key in scope.bind_keys
     ]
+
+
+def _innermost(found: list[tuple[t.Any, ...]]) -> t.Iterable[t.Any]:
+    """For each thing what was said of it last."""
     if len(found) == 1:
         return found[0]
-    return Said(*(_first(values) for values in zip(*found, strict=True)))
+    return (
+        next((value for value in reversed(values) if value is not None), None)
+        for values in zip(*found, strict=True)
+    )

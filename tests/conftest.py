@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from .apps import Lab
+from .apps import can_say_who
 from .drivers import DRIVERS
 from .drivers import Wired
 from .drivers import skip_or_fail
@@ -30,6 +32,7 @@ from .servers import split_statements
 if t.TYPE_CHECKING:
     import collections.abc as c
 
+    MakeLab = c.Callable[..., Lab]
     MakeProxy = c.Callable[..., Proxy]
     MakeWired = c.Callable[..., Wired]
 
@@ -93,6 +96,25 @@ def postgresql_database(postgresql: PostgreSQLCluster) -> c.Iterator[Database[Po
     """An empty database on a PostgreSQL cluster that is whole."""
     with clean_database(postgresql) as database:
         yield database
+
+
+@pytest.fixture
+def make_lab(mariadb_database: Database[MariaDBCluster]) -> c.Iterator[MakeLab]:
+    """A function that makes the app with its replicas, and more of its configuration."""
+    can_say_who(mariadb_database)
+    made: list[Lab] = []
+
+    def make(replicas: c.Sequence[t.Any] | None = None, **config: t.Any) -> Lab:
+        urls = mariadb_database.replica_urls if replicas is None else replicas
+        made.append(Lab(mariadb_database.primary_url, urls, config))
+        with made[-1].app.app_context():
+            made[-1].db.create_all()
+        mariadb_database.sync()
+        return made[-1]
+
+    yield make
+    for lab in made:
+        lab.dispose()
 
 
 @pytest.fixture

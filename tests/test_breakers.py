@@ -11,6 +11,7 @@ import pytest
 
 from flask_commondb.breakers import FIRST_PAUSE
 from flask_commondb.breakers import LONGEST_PAUSE
+from flask_commondb.breakers import LONGEST_TRIAL
 from flask_commondb.breakers import Breaker
 
 
@@ -98,6 +99,17 @@ def test_opened_while_it_is_closed(breaker: Breaker) -> None:
     breaker.close()
     assert opened
     assert breaker.is_closed
+
+
+def test_an_abandoned_trial(breaker: Breaker, clock: Clock) -> None:
+    """When one who tries is never heard of again, another one tries after a minute."""
+    breaker.trip()
+    clock.now += FIRST_PAUSE
+    assert breaker.claim()
+    clock.now += LONGEST_TRIAL
+    assert not breaker.claim()
+    clock.now += 0.1
+    assert [breaker.claim() for _ in range(2)] == [True, False]
 
 
 def test_jitter(clock: Clock) -> None:

@@ -223,6 +223,45 @@ def test_bad_input(lab: Lab, mariadb_database: Database[MariaDBCluster]) -> None
         ]
 
 
+def test_by_many_at_once(lab: Lab, mariadb_database: Database[MariaDBCluster]) -> None:
+    """When several add and remove the same replica, it is there once, or not at all."""
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(6)
+    (name,) = {f"127.0.0.1:{mariadb_database.cluster.replicas[1].port}"}
+
+    def work(index: int) -> None:
+        with lab.app.app_context():
+            for _ in range(20):
+                barrier.wait()
+                try:
+                    if index % 2:
+                        lab.db.add_replica(mariadb_database.replica_urls[1])
+                    else:
+                        lab.db.remove_replica(name)
+                except (ValueError, UnknownReplicaError):
+                    pass  # another one was faster
+                except BaseException as error:
+                    errors.append(error)
+                    raise
+                names = [status.server for status in lab.db.server_status()]
+                if names.count(name) > 1:
+                    errors.append(AssertionError(names))
+
+    threads = [threading.Thread(target=work, args=[index]) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+def test_another_dbs_app(lab: Lab) -> None:
+    """What is asked about an app that the ``db`` does not have says so."""
+    for method in (lab.db.server_status, lab.db.pool_status):
+        with pytest.raises(RuntimeError, match="not registered with this 'CommonDB' instance"):
+            method(Flask("other"))
+
+
 def test_two_apps(lab: Lab, mariadb_database: Database[MariaDBCluster]) -> None:
     """What is added to one app is not added to another one of the same ``db``."""
     other = Flask("other")

@@ -15,11 +15,10 @@ import sqlalchemy as sa
 from flask_commondb.policies import POLICIES
 from flask_commondb.signals import routed
 
-from .apps import Lab
-from .apps import can_say_who
 from .servers import wait_until
 
 if t.TYPE_CHECKING:
+    from .conftest import MakeLab
     from .conftest import MakeProxy
     from .proxy import Proxy
     from .servers import Database
@@ -32,28 +31,9 @@ REPLICAS = {2, 3}
 STATEMENTS = int(os.environ.get("COMMONDB_TEST_REQUESTS", "2000")) * 2
 
 
-@pytest.fixture
-def make_lab(mariadb_database: Database[MariaDBCluster]) -> t.Iterator[t.Callable[..., Lab]]:
-    can_say_who(mariadb_database)
-    made: list[Lab] = []
-
-    def make(replicas: t.Sequence[t.Any] | None = None, **config: t.Any) -> Lab:
-        urls = mariadb_database.replica_urls if replicas is None else replicas
-        lab = Lab(mariadb_database.primary_url, urls, config)
-        made.append(lab)
-        with lab.app.app_context():
-            lab.db.create_all()
-        mariadb_database.sync()
-        return lab
-
-    yield make
-    for lab in made:
-        lab.dispose()
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 def test_policies(
-    make_lab: t.Callable[..., Lab], mariadb_database: Database[MariaDBCluster], policy: str
+    make_lab: MakeLab, mariadb_database: Database[MariaDBCluster], policy: str
 ) -> None:
     """Each policy obeys the weights, as the servers that have answered say."""
     first, second = mariadb_database.replica_urls
@@ -63,7 +43,7 @@ def test_policies(
     assert counts[2] / 400 == pytest.approx(0.75, abs=0.11)  # five standard deviations
 
 
-def test_a_policy_of_ones_own(make_lab: t.Callable[..., Lab]) -> None:
+def test_a_policy_of_ones_own(make_lab: MakeLab) -> None:
     """A function that is given the candidates, with their figures, chooses once for each unit."""
     asked: list[list[tuple[str, float, int]]] = []
 
@@ -78,9 +58,7 @@ def test_a_policy_of_ones_own(make_lab: t.Callable[..., Lab]) -> None:
     assert [(weight, in_use) for _, weight, in_use in asked[0]] == [(1, 0), (1, 0)]
 
 
-def test_policy_of_a_bind(
-    make_lab: t.Callable[..., Lab], mariadb_database: Database[MariaDBCluster]
-) -> None:
+def test_policy_of_a_bind(make_lab: MakeLab, mariadb_database: Database[MariaDBCluster]) -> None:
     """What stands beside a bind's URL is for that bind."""
     bind = {
         "url": mariadb_database.primary_url,
@@ -96,7 +74,7 @@ def test_policy_of_a_bind(
     assert [lab.run(both) for _ in range(4)] == [(2, 3), (3, 3), (2, 3), (3, 3)]
 
 
-def test_zones(make_lab: t.Callable[..., Lab], mariadb_database: Database[MariaDBCluster]) -> None:
+def test_zones(make_lab: MakeLab, mariadb_database: Database[MariaDBCluster]) -> None:
     """The nearest zone serves alone, until its replica is down or has no connections left."""
     near, far = mariadb_database.replica_urls
     options = {"pool_size": 1, "max_overflow": 1}
@@ -116,7 +94,7 @@ def test_zones(make_lab: t.Callable[..., Lab], mariadb_database: Database[MariaD
 
 
 def test_a_slow_replica(
-    make_lab: t.Callable[..., Lab], mariadb_database: Database[MariaDBCluster], proxy: MakeProxy
+    make_lab: MakeLab, mariadb_database: Database[MariaDBCluster], proxy: MakeProxy
 ) -> None:
     """A replica that is slower by 300 ms gets less than a twentieth of the reads within 2 s, and
     its share again within 10 s of its recovery."""
@@ -164,9 +142,7 @@ def test_a_slow_replica(
             thread.join()
 
 
-def test_counters(
-    make_lab: t.Callable[..., Lab], mariadb_database: Database[MariaDBCluster]
-) -> None:
+def test_counters(make_lab: MakeLab, mariadb_database: Database[MariaDBCluster]) -> None:
     """Over thousands of mixed statements, what we count for each server is what its own log says;
     so are the signals, and our own questions stand apart."""
     lab = make_lab()

@@ -160,6 +160,9 @@ def test_bad_input(lab: Lab) -> None:
     """What could not be executed cannot be explained, with the same error."""
     orders = lab.orders  # type: ignore[attr-defined]
     with lab.request():
+        for nothing in (None, "SELECT 1", lab.Post):
+            with pytest.raises(sa.exc.ObjectNotExecutableError, match="Not an executable object"):
+                lab.db.explain_route(nothing)
         with pytest.raises(UnknownBindError, match="Bind key 'nowhere'"):
             lab.db.explain_route(read(lab), "nowhere")
         with pytest.raises(CrossBindError, match="several binds"):

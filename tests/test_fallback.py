@@ -13,9 +13,9 @@ import sqlalchemy as sa
 from flask_commondb import NoReplicaError
 
 from .apps import Lab
-from .apps import can_say_who
 
 if t.TYPE_CHECKING:
+    from .conftest import MakeLab
     from .servers import Database
     from .servers import MariaDBCluster
 
@@ -24,41 +24,35 @@ REPLICAS = {2, 3}
 
 
 @pytest.fixture
-def make_lab(mariadb_database: Database[MariaDBCluster]) -> t.Iterator[t.Callable[..., Lab]]:
+def make_alone(
+    make_lab: MakeLab, mariadb_database: Database[MariaDBCluster]
+) -> t.Callable[..., Lab]:
     """A function that makes the app; then all replicas are down."""
-    can_say_who(mariadb_database)
-    made: list[Lab] = []
 
     def make(**config: t.Any) -> Lab:
-        config["COMMONDB_READ_FUNCTIONS"] = ["who", "sleep"]
-        lab = Lab(mariadb_database.primary_url, mariadb_database.replica_urls, config)
-        made.append(lab)
+        lab = make_lab(COMMONDB_READ_FUNCTIONS=["who", "sleep"], **config)
         with lab.app.app_context():
-            lab.db.create_all()
             lab.db.session.add(lab.Post(title="first"))
             lab.db.session.commit()
-        mariadb_database.sync()
         for replica in mariadb_database.cluster.replicas:
             replica.kill()
         return lab
 
-    yield make
-    for lab in made:
-        lab.dispose()
+    return make
 
 
-def test_primary(make_lab: t.Callable[..., Lab]) -> None:
+def test_primary(make_alone: t.Callable[..., Lab]) -> None:
     """By default the primary answers, without a limit of ours."""
-    lab = make_lab()
+    lab = make_alone()
     with lab.request():
         assert lab.read() == PRIMARY
         assert lab.read() == PRIMARY
 
 
 @pytest.mark.parametrize("fallback", ["error", "stale"])
-def test_no_fallback(make_lab: t.Callable[..., Lab], fallback: str) -> None:
+def test_no_fallback(make_alone: t.Callable[..., Lab], fallback: str) -> None:
     """Otherwise the read raises, as there is no replica that could be behind; writes go on."""
-    lab = make_lab(COMMONDB_FALLBACK=fallback)
+    lab = make_alone(COMMONDB_FALLBACK=fallback)
     with lab.request():
         for _ in range(2):
             with pytest.raises(NoReplicaError, match="No replica of bind None can be reached"):
@@ -71,9 +65,9 @@ def test_no_fallback(make_lab: t.Callable[..., Lab], fallback: str) -> None:
     assert lab.checked_out() == 0
 
 
-def test_scope(make_lab: t.Callable[..., Lab]) -> None:
+def test_scope(make_alone: t.Callable[..., Lab]) -> None:
     """A scope says it for its block; what the unit of work does after that is not concerned."""
-    lab = make_lab()
+    lab = make_alone()
     with lab.app.app_context():
         with lab.db.replica(fallback="error"):
             with pytest.raises(NoReplicaError, match="No replica of bind None can be reached"):
@@ -83,9 +77,9 @@ def test_scope(make_lab: t.Callable[..., Lab]) -> None:
         assert lab.read() == PRIMARY
 
 
-def test_error_is_at_once(make_lab: t.Callable[..., Lab]) -> None:
+def test_error_is_at_once(make_alone: t.Callable[..., Lab]) -> None:
     """Once it is known that all are down, a read that may not fall back tries to reach nobody."""
-    lab = make_lab(COMMONDB_FALLBACK="error")
+    lab = make_alone(COMMONDB_FALLBACK="error")
     with pytest.raises(NoReplicaError, match="can be reached"):
         lab.run(lab.read)
     for replica in lab.db.routers[lab.app].replicas.values():
@@ -99,11 +93,13 @@ def _must_not_connect(*args: t.Any) -> t.NoReturn:
     raise AssertionError("nobody should be reached")
 
 
-def test_limit(make_lab: t.Callable[..., Lab], mariadb_database: Database[MariaDBCluster]) -> None:
+def test_limit(
+    make_alone: t.Callable[..., Lab], mariadb_database: Database[MariaDBCluster]
+) -> None:
     """Never more than the limit read from the primary at once for want of a replica, as its own
     list of processes says; the others get their error at once, and writes are not held up."""
     limit = 3
-    lab = make_lab(COMMONDB_FALLBACK_LIMIT=limit, SQLALCHEMY_ENGINE_OPTIONS={"pool_size": 20})
+    lab = make_alone(COMMONDB_FALLBACK_LIMIT=limit, SQLALCHEMY_ENGINE_OPTIONS={"pool_size": 20})
     outcomes: collections.Counter[str] = collections.Counter()
     most = 0
     stop = threading.Event()
@@ -147,9 +143,9 @@ def test_limit(make_lab: t.Callable[..., Lab], mariadb_database: Database[MariaD
 
 
 @pytest.mark.parametrize("end", ["commit", "rollback", "close", "remove", "context"])
-def test_a_place_is_given_back(make_lab: t.Callable[..., Lab], end: str) -> None:
+def test_a_place_is_given_back(make_alone: t.Callable[..., Lab], end: str) -> None:
     """A unit of work keeps its place as long as its transaction, in all sessions of its own."""
-    lab = make_lab(COMMONDB_FALLBACK_LIMIT=1)
+    lab = make_alone(COMMONDB_FALLBACK_LIMIT=1)
 
     def another() -> int:
         answers: list[int] = []
@@ -177,9 +173,9 @@ def test_a_place_is_given_back(make_lab: t.Callable[..., Lab], end: str) -> None
     assert another() == PRIMARY
 
 
-def test_a_place_after_an_error(make_lab: t.Callable[..., Lab]) -> None:
+def test_a_place_after_an_error(make_alone: t.Callable[..., Lab]) -> None:
     """A statement that fails, or that is never sent, keeps no place for longer than its unit."""
-    lab = make_lab(COMMONDB_FALLBACK_LIMIT=1)
+    lab = make_alone(COMMONDB_FALLBACK_LIMIT=1)
     for _ in range(3):
         with lab.request():
             with pytest.raises(sa.exc.ProgrammingError, match="nowhere"):
@@ -190,9 +186,9 @@ def test_a_place_after_an_error(make_lab: t.Callable[..., Lab]) -> None:
     assert lab.run(lab.read) == PRIMARY
 
 
-def test_a_write_needs_no_place(make_lab: t.Callable[..., Lab]) -> None:
+def test_a_write_needs_no_place(make_alone: t.Callable[..., Lab]) -> None:
     """Who writes is not counted, nor what is read after that."""
-    lab = make_lab(COMMONDB_FALLBACK_LIMIT=1)
+    lab = make_alone(COMMONDB_FALLBACK_LIMIT=1)
     inside = threading.Event()
     leave = threading.Event()
 
@@ -219,9 +215,9 @@ def test_a_write_needs_no_place(make_lab: t.Callable[..., Lab]) -> None:
         thread.join()
 
 
-def test_one_that_fell_back_and_writes(make_lab: t.Callable[..., Lab]) -> None:
+def test_one_that_fell_back_and_writes(make_alone: t.Callable[..., Lab]) -> None:
     """A unit of work that reads from the primary for want of a replica may write there."""
-    lab = make_lab()
+    lab = make_alone()
     with lab.request(), lab.routes() as routes:
         lab.read()
         lab.db.session.add(lab.Post(title="second"))
@@ -229,3 +225,33 @@ def test_one_that_fell_back_and_writes(make_lab: t.Callable[..., Lab]) -> None:
         assert lab.titles() == ["first", "second"]
         lab.db.session.commit()
     assert routes == [("primary", "replica_down"), ("primary", "write"), ("primary", "write")]
+
+
+def test_a_unit_has_one_place(make_alone: t.Callable[..., Lab]) -> None:
+    """All sessions of a unit of work share its place, and the last that ends gives it back."""
+    lab = make_alone(COMMONDB_FALLBACK_LIMIT=1)
+    who = sa.select(sa.func.who())
+    slots = lab.db.routers[lab.app].replica_sets[None].slots
+    with lab.request():
+        assert lab.read() == PRIMARY
+        assert lab.db.sessions[None].scalar(who) == PRIMARY
+        assert lab.db.stream(who).scalars().__next__() == PRIMARY
+        lab.db.session.commit()
+        assert slots.take() is None
+        lab.db.sessions[None].commit()
+        assert slots.take() is not None
+
+
+def test_a_cursor_is_a_read_that_falls_back(make_alone: t.Callable[..., Lab]) -> None:
+    """A cursor in ``db.replica()`` falls back as a statement does, and is counted as one."""
+    lab = make_alone(COMMONDB_FALLBACK_LIMIT=1)
+    slots = lab.db.routers[lab.app].replica_sets[None].slots
+    with lab.request(), lab.db.replica(), lab.routes() as routes:
+        assert lab.read() == PRIMARY
+        lab.db.session.commit()
+        with lab.db.cursor() as cursor:
+            cursor.execute("SELECT who()")
+            assert cursor.fetchone() == (PRIMARY,)
+        assert slots.take() is None
+        assert lab.read() == PRIMARY
+    assert routes == [("primary", "replica_down")] * 3

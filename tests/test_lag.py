@@ -19,12 +19,12 @@ from flask_commondb import NoReplicaError
 from flask_commondb.signals import read_refused
 
 from .apps import Lab
-from .apps import can_say_who
 from .servers import wait_until
 
 if t.TYPE_CHECKING:
     from pathlib import Path
 
+    from .conftest import MakeLab
     from .conftest import MakeProxy
     from .proxy import Proxy
     from .servers import Database
@@ -72,25 +72,6 @@ def links(mariadb_database: Database[MariaDBCluster], proxy: MakeProxy) -> t.Ite
     links.restore()
 
 
-@pytest.fixture
-def make_lab(mariadb_database: Database[MariaDBCluster]) -> t.Iterator[t.Callable[..., Lab]]:
-    """A function that makes the app, with more of its configuration."""
-    can_say_who(mariadb_database)
-    made: list[Lab] = []
-
-    def make(**config: t.Any) -> Lab:
-        lab = Lab(mariadb_database.primary_url, mariadb_database.replica_urls, config)
-        made.append(lab)
-        with lab.app.app_context():
-            lab.db.create_all()
-        mariadb_database.sync()
-        return lab
-
-    yield make
-    for lab in made:
-        lab.dispose()
-
-
 def write(lab: Lab, title: str = "x") -> int:
     """Commit one row."""
     with lab.app.app_context():
@@ -107,7 +88,7 @@ def last(lab: Lab) -> tuple[int, int]:
     return number or 0, server
 
 
-def test_a_black_hole(make_lab: t.Callable[..., Lab], links: Links) -> None:
+def test_a_black_hole(make_lab: MakeLab, links: Links) -> None:
     """While the links of both replicas are black holes, and the servers say that they are 0 seconds
     behind, no read is older than its bound: the primary answers in the end, then replicas again."""
     bound = 0.5
@@ -155,7 +136,7 @@ def test_a_black_hole(make_lab: t.Callable[..., Lab], links: Links) -> None:
         assert sum(server in REPLICAS for server in servers) > 0.9 * len(servers)
 
 
-def test_one_that_is_delayed(make_lab: t.Callable[..., Lab], links: Links) -> None:
+def test_one_that_is_delayed(make_lab: MakeLab, links: Links) -> None:
     """A replica that is later by design serves who allows for that, and nobody else."""
     delayed, other = links.cluster.replicas
     links.follow(delayed, links.proxies[0].port, delay=2)
@@ -184,9 +165,7 @@ def test_one_that_is_delayed(make_lab: t.Callable[..., Lab], links: Links) -> No
     assert lax == REPLICAS
 
 
-def test_one_name_for_two_servers(
-    make_lab: t.Callable[..., Lab], links: Links, proxy: MakeProxy
-) -> None:
+def test_one_name_for_two_servers(make_lab: MakeLab, links: Links, proxy: MakeProxy) -> None:
     """When one URL leads to several servers, what is proved of one says nothing of another."""
     near, far = links.cluster.replicas
     door = proxy(near.port, None)
@@ -207,7 +186,7 @@ def test_one_name_for_two_servers(
         assert last(lab) == (number - 1, far.server_id)
 
 
-def test_idle(make_lab: t.Callable[..., Lab]) -> None:
+def test_idle(make_lab: MakeLab) -> None:
     """When nothing is written a replica stays current, however long ago the last write was."""
     lab = make_lab(COMMONDB_MAX_LAG=0.2)
     write(lab)
@@ -218,7 +197,7 @@ def test_idle(make_lab: t.Callable[..., Lab]) -> None:
     assert servers == REPLICAS
 
 
-def test_what_it_costs(make_lab: t.Callable[..., Lab]) -> None:
+def test_what_it_costs(make_lab: MakeLab) -> None:
     """The servers are asked now and then, not for every read; without a bound they never are."""
     lab = make_lab()
     for _ in range(20):
@@ -238,7 +217,7 @@ def probes(lab: Lab) -> int:
     return sum(status.probes for status in lab.db.server_status(lab.app))
 
 
-def test_in_the_middle_of_a_unit(make_lab: t.Callable[..., Lab], links: Links) -> None:
+def test_in_the_middle_of_a_unit(make_lab: MakeLab, links: Links) -> None:
     """A unit of work whose replica falls behind goes on on the primary, and is told why."""
     lab = make_lab(COMMONDB_MAX_LAG=0.3)
     with lab.request():
@@ -252,7 +231,7 @@ def test_in_the_middle_of_a_unit(make_lab: t.Callable[..., Lab], links: Links) -
     assert routes == [("primary", "lag"), ("primary", "lag")]
 
 
-def test_stale(make_lab: t.Callable[..., Lab], links: Links) -> None:
+def test_stale(make_lab: MakeLab, links: Links) -> None:
     """With the fallback ``"stale"`` a replica that is too far behind serves, and not the primary;
     one that is not goes before it."""
     lab = make_lab(COMMONDB_MAX_LAG=0.3, COMMONDB_FALLBACK="stale")
@@ -280,7 +259,7 @@ def test_stale(make_lab: t.Callable[..., Lab], links: Links) -> None:
         assert is_current()
 
 
-def test_stale_beside_one_that_is_down(make_lab: t.Callable[..., Lab], links: Links) -> None:
+def test_stale_beside_one_that_is_down(make_lab: MakeLab, links: Links) -> None:
     """The fallback ``"stale"`` finds the replica that is behind, also in the read that finds out
     that the other one is down."""
     lab = make_lab(
@@ -299,7 +278,7 @@ def test_stale_beside_one_that_is_down(make_lab: t.Callable[..., Lab], links: Li
         other.start()
 
 
-def test_error(make_lab: t.Callable[..., Lab], links: Links) -> None:
+def test_error(make_lab: MakeLab, links: Links) -> None:
     """With the fallback ``"error"`` such a read raises at once, says why, and harms nothing."""
     lab = make_lab(COMMONDB_MAX_LAG=0.3)
     refused: list[t.Any] = []
@@ -329,7 +308,7 @@ def test_error(make_lab: t.Callable[..., Lab], links: Links) -> None:
     wait_until(is_current, "a replica to be current")
 
 
-def test_scopes(make_lab: t.Callable[..., Lab], links: Links) -> None:
+def test_scopes(make_lab: MakeLab, links: Links) -> None:
     """The innermost scope that says how far behind a read may be counts; infinity is no bound."""
     lab = make_lab(COMMONDB_MAX_LAG=0.3)
     lab.run(lab.read)
@@ -358,7 +337,7 @@ def test_no_fallback(lab_without_servers: Lab) -> None:
 
 
 def test_a_primary_that_is_gone(
-    make_lab: t.Callable[..., Lab], mariadb_database: Database[MariaDBCluster]
+    make_lab: MakeLab, mariadb_database: Database[MariaDBCluster]
 ) -> None:
     """Without a primary nothing is proved any more: soon replicas serve whom a stale one is good
     enough for, and nobody else."""
@@ -375,7 +354,7 @@ def test_a_primary_that_is_gone(
 
 
 def test_a_primary_that_is_frozen(
-    make_lab: t.Callable[..., Lab], mariadb_database: Database[MariaDBCluster]
+    make_lab: MakeLab, mariadb_database: Database[MariaDBCluster]
 ) -> None:
     """A primary that does not answer is waited for by one read now and then, not by all of them."""
     lab = make_lab(COMMONDB_MAX_LAG=0.5, COMMONDB_FALLBACK="stale")
@@ -399,7 +378,22 @@ def test_a_primary_that_is_frozen(
     wait_until(is_current, "a replica to be current", timeout=20)
 
 
-def test_many_threads(make_lab: t.Callable[..., Lab]) -> None:
+def test_a_busy_primary(make_lab: MakeLab) -> None:
+    """A primary whose connections are all in use is asked all the same: replicas stay current."""
+    options = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 1}
+    lab = make_lab(COMMONDB_MAX_LAG=0.2, SQLALCHEMY_ENGINE_OPTIONS=options)
+    lab.run(lab.read)
+    with lab.app.app_context():
+        taken = [lab.db.engine.connect() for _ in range(2)]
+    time.sleep(0.3)
+    for _ in range(10):
+        assert lab.run(lab.read) in REPLICAS
+        time.sleep(0.03)
+    for connection in taken:
+        connection.close()
+
+
+def test_many_threads(make_lab: MakeLab) -> None:
     """Threads that all need a proof at the same time all find a replica."""
     lab = make_lab(COMMONDB_MAX_LAG=0.5)
     write(lab)

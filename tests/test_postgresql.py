@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import typing as t
 
 import pytest
@@ -36,6 +37,44 @@ def primary(postgresql_database: Database[PostgreSQLCluster]) -> int:
 @pytest.fixture
 def standby(postgresql_database: Database[PostgreSQLCluster]) -> int:
     return postgresql_database.cluster.standby.port
+
+
+@pytest.mark.usefixtures("lab")
+def test_conflict_with_recovery(
+    postgresql_database: Database[PostgreSQLCluster], primary: int, standby: int
+) -> None:
+    """A read that the standby ends, because what it replays takes the rows away, is answered by the
+    primary; the unit of work stays there."""
+    cluster, name = postgresql_database.cluster, postgresql_database.name
+    cluster.standby.execute("ALTER SYSTEM SET max_standby_streaming_delay = '100ms'")
+    cluster.standby.execute("SELECT pg_reload_conf()")
+
+    def disturb() -> None:
+        for statement in ("DELETE FROM post", "VACUUM post", "ALTER TABLE post ADD COLUMN x int"):
+            cluster.primary.execute(statement, database=name)
+
+    again = Lab(
+        postgresql_database.primary_url,
+        postgresql_database.replica_urls,
+        {"COMMONDB_READ_FUNCTIONS": ["inet_server_port", "pg_sleep"]},
+    )
+    slow = sa.select(
+        sa.func.inet_server_port(), sa.func.pg_sleep(1.5), sa.func.count(again.Post.id)
+    )
+    disturber = threading.Timer(0.3, disturb)
+    try:
+        with again.request(), again.routes() as routes:
+            disturber.start()
+            assert again.db.session.execute(slow).one() == (primary, "", 0)
+            assert again.read() == primary
+        expected = [("replica", "read"), ("primary", "conflict"), ("primary", "conflict")]
+        assert routes == expected
+        assert again.run(again.read) == standby
+    finally:
+        disturber.join()
+        cluster.standby.execute("ALTER SYSTEM RESET max_standby_streaming_delay")
+        cluster.standby.execute("SELECT pg_reload_conf()")
+        again.dispose()
 
 
 def test_by_method(lab: Lab, primary: int, standby: int) -> None:

@@ -18,6 +18,7 @@ from .apps import can_say_who
 from .servers import wait_until
 
 if t.TYPE_CHECKING:
+    from .conftest import MakeLab
     from .conftest import MakeProxy
     from .servers import Database
     from .servers import MariaDBCluster
@@ -27,29 +28,16 @@ REPLICAS = {2, 3}
 
 
 @pytest.fixture
-def make_lab(mariadb_database: Database[MariaDBCluster]) -> t.Iterator[t.Callable[..., Lab]]:
-    """A function that makes the app, with more of its configuration."""
-    can_say_who(mariadb_database)
-    made: list[Lab] = []
-
-    def make(**config: t.Any) -> Lab:
-        lab = Lab(mariadb_database.primary_url, mariadb_database.replica_urls, config)
-        made.append(lab)
-        with lab.app.app_context():
-            lab.db.create_all()
-            lab.db.session.add(lab.Post(title="first"))
-            lab.db.session.commit()
-        mariadb_database.sync()
-        return lab
-
-    yield make
-    for lab in made:
-        lab.dispose()
+def lab(make_lab: MakeLab, mariadb_database: Database[MariaDBCluster]) -> Lab:
+    return with_a_post(make_lab(), mariadb_database)
 
 
-@pytest.fixture
-def lab(make_lab: t.Callable[..., Lab]) -> Lab:
-    return make_lab()
+def with_a_post(lab: Lab, database: Database[MariaDBCluster]) -> Lab:
+    with lab.app.app_context():
+        lab.db.session.add(lab.Post(title="first"))
+        lab.db.session.commit()
+    database.sync()
+    return lab
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "QUERY"])
@@ -389,11 +377,11 @@ def test_a_frozen_replica(lab: Lab, mariadb_database: Database[MariaDBCluster]) 
 
 
 def test_killed_while_it_reads(
-    mariadb_database: Database[MariaDBCluster], make_lab: t.Callable[..., Lab]
+    mariadb_database: Database[MariaDBCluster], make_lab: MakeLab
 ) -> None:
     """A short read whose connection is lost is repeated: the unit's first on any replica, a later
     one on the same replica or on the primary."""
-    lab = make_lab(COMMONDB_READ_FUNCTIONS=["who", "sleep"])
+    lab = with_a_post(make_lab(COMMONDB_READ_FUNCTIONS=["who", "sleep"]), mariadb_database)
     nap = sa.select(sa.func.who(), sa.func.sleep(0.3))
 
     def kill() -> None:
@@ -414,11 +402,11 @@ def test_killed_while_it_reads(
 
 
 def test_all_killed_while_they_read(
-    mariadb_database: Database[MariaDBCluster], make_lab: t.Callable[..., Lab]
+    mariadb_database: Database[MariaDBCluster], make_lab: MakeLab
 ) -> None:
     """A unit whose replicas die under its first read, one after the other, has its answer from the
     primary; so has one that has read before, at once."""
-    lab = make_lab(COMMONDB_READ_FUNCTIONS=["who", "sleep"])
+    lab = with_a_post(make_lab(COMMONDB_READ_FUNCTIONS=["who", "sleep"]), mariadb_database)
     nap = sa.select(sa.func.who(), sa.func.sleep(0.3))
     for has_read in (False, True):
         with lab.request():
@@ -442,11 +430,16 @@ def test_all_killed_while_they_read(
     assert lab.checked_out() == 0
 
 
-def test_a_statement_that_is_always_lost(make_lab: t.Callable[..., Lab]) -> None:
+def test_a_statement_that_is_always_lost(
+    make_lab: MakeLab, mariadb_database: Database[MariaDBCluster]
+) -> None:
     """A statement that loses its connection each time is not repeated without end."""
-    lab = make_lab(
-        COMMONDB_READ_FUNCTIONS=["sleep"],
-        SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"read_timeout": 0.2}},
+    lab = with_a_post(
+        make_lab(
+            COMMONDB_READ_FUNCTIONS=["sleep"],
+            SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"read_timeout": 0.2}},
+        ),
+        mariadb_database,
     )
     tries: list[str] = []
     for engine in lab.engines:
@@ -459,11 +452,11 @@ def test_a_statement_that_is_always_lost(make_lab: t.Callable[..., Lab]) -> None
 
 
 def test_what_a_listener_reads_first(
-    mariadb_database: Database[MariaDBCluster], make_lab: t.Callable[..., Lab], proxy: MakeProxy
+    mariadb_database: Database[MariaDBCluster], make_lab: MakeLab, proxy: MakeProxy
 ) -> None:
     """A write whose connection is lost is not repeated, and its error is not masked, although a
     listener has read from a replica in it whose connection is lost as well."""
-    make_lab()
+    with_a_post(make_lab(), mariadb_database)
     links = [proxy(server.port, None) for server in mariadb_database.cluster.servers[:2]]
     primary, replica = (
         sa.make_url(url).set(port=link.port).render_as_string(hide_password=False)
@@ -489,10 +482,10 @@ def test_what_a_listener_reads_first(
 
 
 def test_what_comes_before_a_short_statement(
-    mariadb_database: Database[MariaDBCluster], make_lab: t.Callable[..., Lab]
+    mariadb_database: Database[MariaDBCluster], make_lab: MakeLab
 ) -> None:
     """How long a statement ran is counted from when it was sent: not with its listeners, say."""
-    lab = make_lab()
+    lab = with_a_post(make_lab(), mariadb_database)
 
     def kill(*args: t.Any) -> None:
         if lab.db.session.info.pop("kills", False):

@@ -252,8 +252,8 @@ def test_faults(drill: Drill, name: str) -> None:
 def test_other_drivers(
     request: pytest.FixtureRequest, proxy: MakeProxy, driver: str, fault: str
 ) -> None:
-    """With the other drivers, too: 4 threads that read see no error when their only replica is struck, and are
-    answered by it again soon after it was mended."""
+    """With the other drivers, too: 4 threads that read see no error when their only replica is
+    struck, and are answered by it again soon after it was mended."""
     name, fixture = DRIVERS[driver]
     import_driver(name)
     database = request.getfixturevalue(fixture)

@@ -181,6 +181,10 @@ class Generic:
         """Whether the driver's error says that the server lets nobody in just now."""
         return False
 
+    def is_conflict(self, error: t.Any) -> bool:
+        """Whether a replica says that what it replays has ended a read."""
+        return False
+
     def is_timeout(self, error: t.Any) -> bool:
         """Whether the driver's error says that a statement has taken longer than it may."""
         return False

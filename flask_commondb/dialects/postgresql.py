@@ -65,6 +65,9 @@ SELECT NOT pg_is_in_recovery() AND EXISTS (
 _READ_ONLY = "25006"
 _CANCELLED = "57014"
 
+#: A standby has nothing else that could not be serialized, or be locked for good.
+_CONFLICTS = ("40001", "40P01")
+
 _FAILURES = {"40P01": "deadlock", "55P03": "lock_timeout", "40001": "serialization"}
 
 
@@ -169,6 +172,9 @@ class PostgreSQL(Generic):
     def is_full(self, error: t.Any) -> bool:
         # psycopg does not know the state of a connection that was never made.
         return "too many c" in str(error) or "remaining connection slots" in str(error)
+
+    def is_conflict(self, error: t.Any) -> bool:
+        return _state(error) in _CONFLICTS
 
     def is_timeout(self, error: t.Any) -> bool:
         # Someone's pg_cancel_backend() has the same code.
