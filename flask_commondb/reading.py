@@ -58,7 +58,13 @@ class ReplicaReads:
         self._held: dict[str | None, Unit] = {}
 
     def connection(
-        self, unit: Unit, replicas: ReplicaSet, need: Need, primary: sa.Engine
+        self,
+        unit: Unit,
+        replicas: ReplicaSet,
+        need: Need,
+        primary: sa.Engine,
+        *,
+        is_repeated: bool,
     ) -> tuple[sa.Connection | None, bool]:
         """The connection to the unit's replica, made when needed; ``None``: use the primary.
 
@@ -68,10 +74,24 @@ class ReplicaReads:
 
         :param unit: has a replica, though that may turn out to be of no use.
         :param primary: is asked how far it is, when there is a ``max_lag``.
+        :param is_repeated: whether a statement that finds the connection dead will be repeated, so
+            that it need not be looked at before.
         :returns: also whether it is further behind than it may.
         :raises NoReplicaError: if there is none, and the primary is not to be used either.
         """
         bind_key = unit.bind_key
+        connection = self.connections.get(bind_key)
+        if (  # as for most reads after a unit's first
+            is_repeated
+            and connection is not None
+            and need.max_lag is None
+            and unit.replica is not None
+            and not unit.replica.is_removed
+            and not connection.closed
+            and not connection.invalidated
+        ):
+            unit.reads += 1
+            return connection, False
         look_after(replicas)
         connection, reason = self._find(unit, replicas, need.max_lag, primary)
         is_stale = connection is None and reason == "lag" and need.fallback == "stale"

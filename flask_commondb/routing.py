@@ -109,6 +109,8 @@ class RoutingSession(KeepsApart, UpstreamSession):
         self._flushed: set[str | None] = set()
         #: Whose replica answers the statement that is executed now.
         self._reading: _Reading | None = None
+        #: Whether what is executed now will be repeated when its replica turns out to be gone.
+        self._is_repeated = False
 
     @functools.cached_property
     def router(self) -> Router:
@@ -310,7 +312,9 @@ class RoutingSession(KeepsApart, UpstreamSession):
         kwargs["bind_arguments"] = {"clause": statement, **(kwargs.get("bind_arguments") or {})}
         if not self.router.replica_sets:
             return super()._execute_internal(statement, params, **kwargs)
-        outer, repeats = self._reading, 0  # a listener may execute a statement inside of another's
+        # A listener may execute a statement inside of another's.
+        outer, was_repeated, repeats = self._reading, self._is_repeated, 0
+        self._is_repeated = True
         try:
             while True:
                 self._reading = t.cast("_Reading | None", None)
@@ -326,7 +330,7 @@ class RoutingSession(KeepsApart, UpstreamSession):
                         raise  # else once more, on another replica or on the primary
                     repeats += 1
         finally:
-            self._reading = outer
+            self._reading, self._is_repeated = outer, was_repeated
 
     def _may_repeat(self, reading: _Reading, error: sa.exc.DBAPIError) -> bool:
         """Whether it is the replica's failure, not the statement's; then it is left if need be."""
@@ -504,7 +508,9 @@ class RoutingSession(KeepsApart, UpstreamSession):
         need = _need(replicas, said)
         primary = self.primary(bind_key)
         try:
-            connection, is_stale = self.replica_reads.connection(unit, replicas, need, primary)
+            connection, is_stale = self.replica_reads.connection(
+                unit, replicas, need, primary, is_repeated=self._is_repeated
+            )
         except NoReplicaError as error:
             self._tell_refused(error)
             raise
