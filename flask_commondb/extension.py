@@ -373,6 +373,7 @@ class CommonDB(SQLAlchemy):
         :param bind_key: with a key the session is ``db.sessions[key]``, without it ``db.session``.
         :raises UnknownBindError: for a key that the current app does not configure.
         :raises CrossBindError: if the statement names tables of several binds.
+        :raises sqlalchemy.exc.ObjectNotExecutableError: for what a session would not execute.
         """
         session = self._session_for(bind_key)()
         if not isinstance(session, RoutingSession):
