@@ -404,7 +404,7 @@ def test_filled_at_first_use(database: Asked, make: Make) -> None:
     assert database.ids() == set()
     database.use(engine)
     ids = database.wait_for(3)
-    assert pool_of(engine).checkedin() == 3
+    wait_until_idle(engine, 3)
     assert set(database.use(engine, 3)) == ids
 
 
@@ -478,7 +478,7 @@ def test_lost_by_its_user(database: Asked, make: Make) -> None:
     with engine.connect() as connection:
         connection.invalidate()
     wait_until(lambda: len(database.ids()) == 2, "there are two again")
-    assert idle(engine) == 2
+    wait_until_idle(engine, 2)
     assert len(database.ids() & before) == 1
     time.sleep(0.2)
     with engine.connect() as connection:
