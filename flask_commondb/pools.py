@@ -242,6 +242,7 @@ def streaming(engine: sa.Engine) -> sa.Engine:
     variant.dialect = copy.copy(engine.dialect)
     variant.dialect.supports_server_side_cursors = True
     del variant.dialect.do_commit, variant.dialect.do_rollback
+    _executors[variant.dialect] = _executors[engine.dialect]  # what is sent there is counted, too
     return variant
 
 

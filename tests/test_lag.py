@@ -436,6 +436,12 @@ def test_postgresql(postgresql_database: Database[PostgreSQLCluster]) -> None:
     wait_until(lambda: lab.run(newest) == (1, cluster.standby.port), "the standby to be current")
     for _ in range(10):
         assert lab.run(newest) == (1, cluster.standby.port)
+    for engine in lab.engines:
+        engine.dispose()  # so that the stream's connection is a new one, and is asked
+    asked = lab.db.server_status(lab.app)[1].probes
+    with lab.request():
+        assert len(list(lab.db.stream(sa.select(lab.Post.id)))) == 1
+    assert lab.db.server_status(lab.app)[1].probes > asked
     cluster.standby.execute("SELECT pg_wal_replay_pause()")
     number = write(lab)
     time.sleep(0.6)
