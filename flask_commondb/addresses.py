@@ -15,12 +15,12 @@ import socket
 import threading
 import time
 import typing as t
-import weakref
 
 import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from . import forks
 from .dialects import Generic
 from .knocking import arguments_of
 
@@ -78,7 +78,7 @@ class Names:
     def __init__(self, resolve_after: float) -> None:
         self._resolve_after = resolve_after
         self.begin_anew()
-        _all.add(self)
+        forks.renew(self)
 
     def begin_anew(self) -> None:
         """In a forked child: what another thread was about to find out, it will not."""
@@ -140,9 +140,6 @@ class _Look:
 #: In a pool entry's ``info``.
 _LINK = "flask_commondb.link"
 
-#: Of this process.
-_all: weakref.WeakSet[Names] = weakref.WeakSet()
-
 
 def _is_name(host: str) -> bool:
     """Whether a host is a name that may lead elsewhere one day."""
@@ -163,12 +160,3 @@ def _peer(dbapi_connection: t.Any) -> str | None:
     except Exception:  # no socket, or one that is closed
         return None
     return str(place[0]) if isinstance(place, tuple) else None
-
-
-def _begin_anew() -> None:
-    for names in list(_all):
-        names.begin_anew()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew)

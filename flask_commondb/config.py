@@ -76,7 +76,6 @@ class Config:
     """The settings of one app.
 
     :param reads: for each bind, also for one without replicas, which may get some.
-
     :param sources: for each bind all that is said about the options of its engine.
     :param candidates: for each bind that has any, where else its primary may be.
     """
@@ -248,16 +247,26 @@ def _replicas(
 
     found: dict[str | None, tuple[ReplicaConfig, ...]] = {}
     for key, bind_key, value in given:
-        if bind_key not in urls:
-            near = nearest(bind_key, [known for known in urls if known is not None])
-            what = "no default bind" if bind_key is None else f"no bind {bind_key!r}"
-            known = ", ".join(map(repr, urls)) or "none"
-            mistakes.append(f"{key}: there is {what} for these replicas{near}; known are {known}.")
-        elif bind_key in found:
-            mistakes.append(f"{key}: the replicas of bind {bind_key!r} are given twice.")
+        wrong = _why_not_here("replicas", bind_key, urls, found)
+        if wrong is not None:
+            mistakes.append(f"{key}: {wrong}")
         else:
             found[bind_key] = tuple(_bind_replicas(key, value, _family(urls[bind_key]), mistakes))
     return {bind_key: replicas for bind_key, replicas in found.items() if replicas}
+
+
+def _why_not_here(
+    what: str, bind_key: str | None, urls: _URLs, found: t.Container[str | None]
+) -> str | None:
+    """Why servers cannot be given for a bind: there is none, or it has some already."""
+    if bind_key in found:
+        return f"the {what} of bind {bind_key!r} are given twice."
+    if bind_key in urls:
+        return None
+    near = nearest(bind_key, [known for known in urls if known is not None])
+    bind = "no default bind" if bind_key is None else f"no bind {bind_key!r}"
+    known = ", ".join(map(repr, urls)) or "none"
+    return f"there is {bind} for these {what}{near}; known are {known}."
 
 
 def _reads(
@@ -361,15 +370,9 @@ def _candidates(
     for key, bind_key, value in given:
         if not value and value in (None, (), []):
             continue
-        if bind_key not in urls:
-            what = "no default bind" if bind_key is None else f"no bind {bind_key!r}"
-            near = nearest(bind_key, [known for known in urls if known is not None])
-            known = ", ".join(map(repr, urls)) or "none"
-            mistakes.append(
-                f"{key}: there is {what} for these candidates{near}; known are {known}."
-            )
-        elif bind_key in found:
-            mistakes.append(f"{key}: the candidates of bind {bind_key!r} are given twice.")
+        wrong = _why_not_here("candidates", bind_key, urls, found)
+        if wrong is not None:
+            mistakes.append(f"{key}: {wrong}")
         elif bind_key in sources:
             found[bind_key] = tuple(_bind_candidates(key, value, sources[bind_key], mistakes))
     return {bind_key: candidates for bind_key, candidates in found.items() if candidates}

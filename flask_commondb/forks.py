@@ -1,6 +1,7 @@
 """A forked child inherits no connection.
 
-Owns: what happens in the child to the connections that its parent has open, idle or checked out.
+Owns: what happens in the child to the connections that its parent has open, idle or checked out,
+and that what other modules know begins anew there.
 
 Must not: call a pool or a driver there in a way that may wait for a lock, or reach a server.
 """
@@ -35,6 +36,20 @@ def guard(engine: sa.Engine, *, is_local: bool) -> None:
         with contextlib.suppress(TypeError):  # there are no weak references to sqlite3's
             _connections.add(dbapi_connection)
 
+
+class Renewed(t.Protocol):
+    """What holds locks, or waits for what another thread is about to find out."""
+
+    def begin_anew(self) -> None:
+        """In a forked child: the other threads are not there."""
+
+
+def renew(renewed: Renewed) -> None:
+    """Have something begin anew in every forked child, as long as it lives."""
+    _renewed.add(renewed)
+
+
+_renewed: weakref.WeakSet[Renewed] = weakref.WeakSet()
 
 _guarded: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
 
@@ -130,5 +145,11 @@ def _find_immortality() -> t.Callable[[t.Any], object]:
 _make_immortal = _find_immortality()
 
 
+def _begin_anew() -> None:
+    for renewed in list(_renewed):
+        renewed.begin_anew()
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_inherited_connections)
+    os.register_at_fork(after_in_child=_begin_anew)

@@ -15,10 +15,10 @@ import socket
 import threading
 import time
 import typing as t
-import weakref
 
 import sqlalchemy as sa
 
+from . import forks
 from .dialects import Address
 from .dialects import Generic
 from .knocking import Knock
@@ -62,11 +62,11 @@ class Patience:
         self._engine = engine
         self._dialect = dialect
         self._on_dead = on_dead
-        self.forget()
-        _all.add(self)
+        self.begin_anew()
+        forks.renew(self)
 
-    def forget(self) -> None:
-        """Begin anew: in a forked child the one who knocks is not there."""
+    def begin_anew(self) -> None:
+        """In a forked child the one who knocks is not there."""
         self._lock = threading.Lock()
         self._doors: dict[Address, _Door] = {}
 
@@ -155,8 +155,6 @@ _KEEPALIVE = {
     "TCP_USER_TIMEOUT": 25_000,
 }
 
-_all: weakref.WeakSet[Patience] = weakref.WeakSet()
-
 
 def _look_at_link(descriptor: int) -> Address | None:
     """The other end of a connection; and have the kernel find out whether the link still holds.
@@ -200,12 +198,3 @@ def _log_in(engine: sa.Engine, dialect: Generic) -> None:
                 arguments[name] = convert(KNOCK_LIMIT)
             connection = engine.dialect.connect(**arguments)
         connection.close()
-
-
-def _forget_inherited_verdicts() -> None:
-    for patience in list(_all):
-        patience.forget()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_inherited_verdicts)

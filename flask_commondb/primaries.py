@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import threading
 import time
 import typing as t
@@ -22,6 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from . import forks
 from .capabilities import have_same_driver
 from .dialects import FAMILIES
 from .dialects import dialect_for
@@ -83,7 +83,7 @@ class Candidates:
         self.begin_anew()
         engine.dialect.connect = self.connect  # type: ignore[method-assign]
         self._listen(engine)
-        _all.add(self)
+        forks.renew(self)
 
     def begin_anew(self) -> None:
         """In a forked child: what another thread was about to do, it will not."""
@@ -417,16 +417,3 @@ _PORTS = {"mysql": 3306, "mariadb": 3306, "postgresql": 5432}
 def _close(connection: DBAPIConnection) -> None:
     with contextlib.suppress(Exception):
         connection.close()
-
-
-_all: weakref.WeakSet[Candidates] = weakref.WeakSet()
-
-
-def _begin_anew() -> None:
-    """In a forked child."""
-    for candidates in list(_all):
-        candidates.begin_anew()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew)

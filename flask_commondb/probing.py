@@ -76,7 +76,7 @@ def _step(replica: Replica) -> None:
                 replica.name,
                 replica.bind_key,
                 replica.breaker.fail(),
-                getattr(error, "orig", error) or "it does not answer",
+                _why(error),
             )
 
 
@@ -114,8 +114,12 @@ def _tell(replica: Replica, pause: float, error: BaseException | None, app: Flas
         replica.name,
         replica.bind_key,
         pause,
-        getattr(error, "orig", error) or "it does not answer",
+        _why(error),
         extra={"bind_key": replica.bind_key, "server": replica.name},
     )
     values = {"bind_key": replica.bind_key, "server": replica.name, "error": error}
     signals.send(signals.replica_down, app, **values)
+
+
+def _why(error: BaseException | None) -> t.Any:
+    return getattr(error, "orig", error) or "it does not answer"
