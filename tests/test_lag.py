@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import math
 import threading
 import time
@@ -55,6 +56,11 @@ class Links:
         for link in self.proxies:
             link.stall()
 
+    def settle(self) -> None:
+        """Wait until what came through before a stall has been replayed."""
+        for replica in self.cluster.replicas:
+            wait_until(functools.partial(_has_replayed, replica), "all that came to be replayed")
+
     def resume(self) -> None:
         for link in self.proxies:
             link.resume()
@@ -63,6 +69,11 @@ class Links:
         self.resume()
         for replica in self.cluster.replicas:
             self.follow(replica, self.cluster.primary.port)
+
+
+def _has_replayed(replica: MariaDBServer) -> bool:
+    ((replayed,),) = replica.execute("SELECT @@gtid_slave_pos")
+    return bool(replica.slave_status()["Gtid_IO_Pos"] == replayed)
 
 
 @pytest.fixture
@@ -121,6 +132,8 @@ def test_a_black_hole(make_lab: MakeLab, links: Links) -> None:
     try:
         before = read_for(1)
         links.stall()
+        read_for(bound)
+        links.settle()
         read_for(bound)
         meanwhile = read_for(2)
         lags = [each.slave_status()["Seconds_Behind_Master"] for each in links.cluster.replicas]
