@@ -6,6 +6,7 @@ Owns: :class:`Lab`. Must not: hold anything between tests.
 from __future__ import annotations
 
 import contextlib
+import threading
 import typing as t
 from pathlib import Path
 
@@ -125,6 +126,31 @@ def can_say_who(database: t.Any) -> None:
     database.execute(
         "CREATE FUNCTION who() RETURNS INT NOT DETERMINISTIC NO SQL RETURN @@server_id"
     )
+
+
+@contextlib.contextmanager
+def busy(threads: int, work: t.Callable[[], object]) -> t.Iterator[None]:
+    """Have threads do the same again and again as long as the block lasts; none may fail in it."""
+    errors: list[BaseException] = []
+    stop = threading.Event()
+
+    def go_on() -> None:
+        while not stop.is_set():
+            try:
+                work()
+            except BaseException as error:
+                errors.append(error)
+
+    workers = [threading.Thread(target=go_on) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join()
+    assert errors == []
 
 
 def text_of(response: TestResponse) -> str:

@@ -17,6 +17,7 @@ from flask_commondb import UnknownBindError
 from flask_commondb import UnknownReplicaError
 
 from .apps import Lab
+from .apps import busy
 from .apps import can_say_who
 from .servers import wait_until
 
@@ -65,25 +66,15 @@ def test_under_load(lab: Lab, mariadb_database: Database[MariaDBCluster]) -> Non
     read from, and soon after it has been removed it has no connection left."""
     second = mariadb_database.cluster.replicas[1]
     url = mariadb_database.replica_urls[1]
-    errors: list[BaseException] = []
     seen: list[int] = []
-    stop = threading.Event()
 
     def read() -> None:
-        while not stop.is_set():
-            try:
-                with lab.request():
-                    first = lab.read()
-                    seen.append(first)
-                    assert lab.read() in (first, PRIMARY)  # which a removal may have in between
-            except BaseException as error:
-                errors.append(error)
-                raise
+        with lab.request():
+            first = lab.read()
+            seen.append(first)
+            assert lab.read() in (first, PRIMARY)  # which a removal may have in between
 
-    threads = [threading.Thread(target=read) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    try:
+    with busy(8, read):
         for drains in (True, False, True, False):
             with lab.app.app_context():
                 name = lab.db.add_replica(url)
@@ -104,11 +95,6 @@ def test_under_load(lab: Lab, mariadb_database: Database[MariaDBCluster]) -> Non
             seen.clear()
             time.sleep(0.1)
             assert set(seen) == {2}
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert errors == []
     assert lab.checked_out() == 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import os
 import random
-import threading
 import time
 import typing as t
 
@@ -15,6 +14,7 @@ import sqlalchemy as sa
 from flask_commondb.policies import POLICIES
 from flask_commondb.signals import routed
 
+from .apps import busy
 from .servers import wait_until
 
 if t.TYPE_CHECKING:
@@ -107,13 +107,11 @@ def test_a_slow_replica(
     slow, link = replicas[0], links[0]
     lab = make_lab(urls)
     reads: list[tuple[float, int]] = []
-    stop = threading.Event()
 
     def read() -> None:
-        while not stop.is_set():
-            server = lab.run(lab.read)
-            reads.append((time.monotonic(), server))
-            time.sleep(0.002)
+        server = lab.run(lab.read)
+        reads.append((time.monotonic(), server))
+        time.sleep(0.002)
 
     def share(since: float) -> float:
         servers = [server for at, server in reads.copy() if at >= since]
@@ -124,10 +122,7 @@ def test_a_slow_replica(
         time.sleep(0.5)
         return 0.35 < share(since) < 0.65
 
-    threads = [threading.Thread(target=read) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    try:
+    with busy(8, read):
         wait_until(has_its_share, "both to be read from")
         link.delay(0.15)  # in each direction
         time.sleep(2)
@@ -136,10 +131,6 @@ def test_a_slow_replica(
         assert share(since) < 0.05
         link.delay(0)
         wait_until(has_its_share, "its share", timeout=10)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
 
 
 def test_counters(make_lab: MakeLab, mariadb_database: Database[MariaDBCluster]) -> None:

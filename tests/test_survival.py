@@ -22,6 +22,7 @@ from flask_commondb.signals import replica_down
 from flask_commondb.signals import replica_up
 
 from .apps import Lab
+from .apps import busy
 from .apps import can_say_who
 from .drivers import DRIVERS
 from .drivers import import_driver
@@ -273,26 +274,14 @@ def test_other_drivers(
     if fixture == "postgresql_database":
         ids = {True: replica.port, False: database.cluster.primary.port}
     servers: list[int] = []
-    errors: list[BaseException] = []
-    stop = threading.Event()
-
-    def read() -> None:
-        while not stop.is_set():
-            try:
-                servers.append(lab.run(lab.read))
-            except BaseException as error:
-                errors.append(error)
 
     def answers(server: int) -> bool:
         servers.clear()
         time.sleep(0.1)
         return set(servers) == {server}
 
-    threads = [threading.Thread(target=read) for _ in range(4)]
     wait_until(lambda: lab.run(lab.read) == ids[True], "the replica to have the table")
-    for thread in threads:
-        thread.start()
-    try:
+    with busy(4, lambda: servers.append(lab.run(lab.read))):
         wait_until(lambda: answers(ids[True]), "the replica to answer")
         if fault in ("killed", "frozen"):
             (replica.kill if fault == "killed" else replica.freeze)()
@@ -309,10 +298,5 @@ def test_other_drivers(
         else:
             link.accept()
         wait_until(lambda: answers(ids[True]), "the replica to answer again", timeout=20)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert errors == []
     assert lab.checked_out() == 0
     lab.dispose()
