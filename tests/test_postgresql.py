@@ -9,6 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from .apps import Lab
+from .servers import wait_until
 
 if t.TYPE_CHECKING:
     from .servers import Database
@@ -49,23 +50,30 @@ def test_conflict_with_recovery(
     cluster.standby.execute("ALTER SYSTEM SET max_standby_streaming_delay = '100ms'")
     cluster.standby.execute("SELECT pg_reload_conf()")
 
+    def is_reading() -> bool:
+        ((count,),) = cluster.standby.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+        )
+        return bool(count)
+
     def disturb() -> None:
+        wait_until(is_reading, "the read to be under way")
         for statement in ("DELETE FROM post", "VACUUM post", "ALTER TABLE post ADD COLUMN x int"):
             cluster.primary.execute(statement, database=name)
 
     again = Lab(
         postgresql_database.primary_url,
         postgresql_database.replica_urls,
-        {"COMMONDB_READ_FUNCTIONS": ["inet_server_port", "pg_sleep"]},
+        {"COMMONDB_READ_FUNCTIONS": ["inet_server_port", "pg_is_in_recovery", "pg_sleep"]},
     )
-    slow = sa.select(
-        sa.func.inet_server_port(), sa.func.pg_sleep(1.5), sa.func.count(again.Post.id)
-    )
-    disturber = threading.Timer(0.3, disturb)
+    # It would go on for longer than the test, if it were not ended.
+    slow = sa.case((sa.func.pg_is_in_recovery(), sa.cast(sa.func.pg_sleep(60), sa.Text)), else_="")
+    statement = sa.select(sa.func.inet_server_port(), slow, sa.func.count(again.Post.id))
+    disturber = threading.Thread(target=disturb)
     try:
         with again.request(), again.routes() as routes:
             disturber.start()
-            assert again.db.session.execute(slow).one() == (primary, "", 0)
+            assert again.db.session.execute(statement).one() == (primary, "", 0)
             assert again.read() == primary
         expected = [("replica", "read"), ("primary", "conflict"), ("primary", "conflict")]
         assert routes == expected
