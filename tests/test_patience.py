@@ -338,9 +338,11 @@ def test_login(replica: Replica) -> None:
     replica.proxy.clear()
     replica.sleep(0.3)
     replica.proxy.wait_for("QUIT")
-    (farewell,) = [command.link for command in replica.proxy.commands if command.name == "QUIT"]
-    assert farewell == before + 2
-    assert told[1:] == told[:1]
+    farewells = [command.link for command in replica.proxy.commands if command.name == "QUIT"]
+    assert farewells[0] == before + 2
+    # It is asked again as long as there is no answer, however long that takes this machine.
+    assert len(told) > 1
+    assert told == told[:1] * len(told)
     assert t.cast(sa.QueuePool, replica.engine.pool).checkedin() == 1
 
 
