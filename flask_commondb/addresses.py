@@ -47,13 +47,16 @@ def follow_names(engine: sa.Engine, dialect: Generic, resolve_after: float) -> N
         address = _peer(dbapi_connection) if name is not None and _is_name(name) else None
         if name is not None and address is not None:
             entry.info[_LINK] = names.link(name, address)
+            entry.info[_IS_NEW] = True
 
     @sa.event.listens_for(engine, "checkout")
     def checkout(
         dbapi_connection: DBAPIConnection, entry: ConnectionPoolEntry, proxy: t.Any
     ) -> None:
         link: Link | None = entry.info.get(_LINK)
-        if link is not None and names.is_elsewhere(link):
+        if link is None or entry.info.pop(_IS_NEW, False):
+            return  # SQLAlchemy gives up when a connection is refused that has replaced another
+        if names.is_elsewhere(link):
             _logger.info(
                 "A connection to %s is replaced: %s leads elsewhere now.", link.address, link.name
             )
@@ -137,8 +140,9 @@ class _Look:
     has_failed: bool = False
 
 
-#: In a pool entry's ``info``.
+#: In a pool entry's ``info``: its :class:`Link`, and whether nobody has had it yet.
 _LINK = "flask_commondb.link"
+_IS_NEW = "flask_commondb.link_is_new"
 
 
 def _is_name(host: str) -> bool:

@@ -201,6 +201,14 @@ def test_both_addresses(lab: Lab, moving: Moving) -> None:
     assert moving.links("replica.test") == (3, 0)
 
 
+def test_a_new_connection(lab: Lab, moving: Moving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has just been made to replace another one is used, wherever the name leads by then."""
+    assert lab.run(lab.read) in {2, 3}
+    monkeypatch.setattr(addresses.Names, "is_elsewhere", lambda *args: True)
+    for _ in range(3):
+        assert lab.run(lab.read) in {2, 3}
+
+
 def test_an_address_that_is_not_named(lab: Lab, moving: Moving) -> None:
     """A name whose answers change all the time costs new connections, and never an error."""
     moving.names.addresses["replica.test"] = [OLD, NEW]
